@@ -1,0 +1,1 @@
+"""WASH populations for the Hugging Face Trainer."""

@@ -1,0 +1,54 @@
+# make train   train a population on the embedded digits; ARGS="--mixing independent" passes flags on
+# make test    run the tests; PYTEST_ARGS="tests/mixing -x" narrows them
+# make quality lint, format and static checks; make style fixes what can be fixed
+#
+# On a bare machine (Python 3.11 or newer, git, make) each of them first creates $(VENV) and installs into it.
+
+PYTHON ?= python3
+VENV ?= .venv
+# What pip installs. .ci/run installs without -e, so that a file missing from the package cannot hide.
+INSTALL ?= -e ".[dev]"
+OUTPUT_DIR ?= outputs/digits
+ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.hf-wash-installed
+CHECKED := hf_wash examples tests
+
+.PHONY: help install train test quality style clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+install: $(STAMP)
+
+# One pip call: torch, torchvision and timm have to be resolved together, or timm finds a torchvision that was built
+# for another torch.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "hf-wash needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check $(INSTALL)
+	@touch $@
+
+train: $(STAMP)
+	$(BIN)/python examples/train_vit.py --output_dir $(OUTPUT_DIR) $(ARGS)
+
+# One thread, because results are promised bit for bit at an equal thread count; offline, because nothing in the tests
+# may depend on a download.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest --durations=15 --durations-min=1 $(PYTEST_ARGS)
+
+quality: $(STAMP)
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+
+style: $(STAMP)
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+clean:
+	rm -rf $(VENV) build dist outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis

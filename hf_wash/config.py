@@ -1,0 +1,229 @@
+"""[`WashConfig`]: every option of a population run, with its help text. What the options do lives elsewhere."""
+
+import warnings
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+MIXINGS = ("wash", "independent")
+SCHEDULES = ("decreasing", "constant", "increasing")
+MEMBER_DATA = ("full", "shard")
+SOUPS = ("uniform", "greedy")
+SOUP_BATCH_NORMS = ("recalibrate", "average")
+
+# Below this many shuffles of a first-layer weight in a run, every model of a population came out worse than without
+# any exchange (docs/choosing_p.md).
+ENOUGH_SHUFFLES = 35
+
+
+@dataclass
+class WashConfig(TrainingArguments):
+    r"""
+    Options of a [`WashTrainer`]. Only what is new beside [`~transformers.TrainingArguments`] is listed here; the
+    inherited options (batch size, learning rate, epochs, ...) are those of **one member**.
+
+    > Parameters that control the population
+
+    Args:
+        population_size (`int`, *optional*):
+            Number of members N. Defaults to the checkpoint's when resuming, else to the number of processes if there
+            are several, else to 4. It must divide evenly among the processes.
+        same_init (`bool`, *optional*, defaults to `True`):
+            Whether all members start from member 0's weights. `False` needs a `model_init`, which is then called once
+            for each member with the seed `seed + k`.
+        member_data (`str`, *optional*, defaults to `"full"`):
+            `"full"`: every member sees the whole training set, in its own order. `"shard"`: a disjoint part each.
+
+    > Parameters that control the shuffle
+
+        mixing (`str`, *optional*, defaults to `"wash"`):
+            What the members exchange after an optimizer step: `"wash"` (shuffled weights) or `"independent"`
+            (nothing).
+        shuffle_probability (`float`, *optional*, defaults to 0.001):
+            The paper's p, the probability with which a weight of the first layer is shuffled in a step. What counts
+            is p times the number of steps; below about 35 expect worse models than without exchange.
+        shuffle_schedule (`str`, *optional*, defaults to `"decreasing"`):
+            How the probability depends on depth: `"decreasing"` (p at the first layer, 0 at the last; the paper's),
+            `"constant"` or `"increasing"`.
+        shuffle_optimizer_state (`bool`, *optional*, defaults to `False`):
+            WASH+Opt: move the optimizer's state of the shuffled weights with them.
+        shuffle_interval (`int`, *optional*, defaults to 1):
+            Optimizer steps between two shuffles.
+        shuffle_start (`float`, *optional*, defaults to 0.0):
+            Fraction of the run, in [0, 1], before which nothing is shuffled.
+        shuffle_stop (`float`, *optional*, defaults to 1.0):
+            Fraction of the run, in [0, 1], after which nothing is shuffled.
+
+    > Parameters that control the soup
+
+        soup (`str`, *optional*, defaults to `"uniform"`):
+            `"uniform"`: the mean of all members. `"greedy"`: of those that improve it on held-out training data.
+        soup_holdout (`float`, *optional*, defaults to 0.02):
+            The part of the training set, in (0, 1), held out for the greedy soup. Never the evaluation set.
+        soup_batch_norm (`str`, *optional*, defaults to `"recalibrate"`):
+            What becomes of the soup's BatchNorm statistics: `"recalibrate"` estimates them anew on training batches,
+            `"average"` takes the mean of the members'.
+        soup_batch_norm_batches (`int`, *optional*, defaults to 100):
+            Training batches used to recalibrate, drawn from a stream of their own.
+        evaluate_members (`bool`, *optional*, defaults to `True`):
+            Whether `evaluate` also reports each member and their ensemble.
+        push_members (`bool`, *optional*, defaults to `False`):
+            Whether pushing to the Hub uploads the members too, under `members/member_<i>/`.
+
+    Raises:
+        ValueError: for a value outside its range, in one sentence that names the option, the value and the range.
+    """
+
+    population_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of members. Defaults to the checkpoint's when resuming, else to the number of processes if "
+            "there are several, else to 4."
+        },
+    )
+    mixing: str = field(
+        default="wash",
+        metadata={
+            "help": "What members exchange after an optimizer step: wash (shuffled weights) or independent (nothing).",
+            "choices": list(MIXINGS),
+        },
+    )
+    shuffle_probability: float = field(
+        default=0.001,
+        metadata={"help": "The paper's p: probability, in [0, 1], that a first-layer weight is shuffled in a step."},
+    )
+    shuffle_schedule: str = field(
+        default="decreasing",
+        metadata={"help": "How the probability depends on depth.", "choices": list(SCHEDULES)},
+    )
+    shuffle_optimizer_state: bool = field(
+        default=False, metadata={"help": "WASH+Opt: move the optimizer's state of the shuffled weights with them."}
+    )
+    shuffle_interval: int = field(default=1, metadata={"help": "Optimizer steps between two shuffles."})
+    shuffle_start: float = field(
+        default=0.0, metadata={"help": "Fraction of the run, in [0, 1], before which nothing is shuffled."}
+    )
+    shuffle_stop: float = field(
+        default=1.0, metadata={"help": "Fraction of the run, in [0, 1], after which nothing is shuffled."}
+    )
+    same_init: bool = field(
+        default=True,
+        metadata={"help": "All members start from member 0's weights. False needs a model_init."},
+    )
+    member_data: str = field(
+        default="full",
+        metadata={
+            "help": "full: every member sees the whole training set, in its own order; shard: a disjoint part each.",
+            "choices": list(MEMBER_DATA),
+        },
+    )
+    soup: str = field(
+        default="uniform",
+        metadata={
+            "help": "uniform: the mean of all members; greedy: of those that improve it on held-out training data.",
+            "choices": list(SOUPS),
+        },
+    )
+    soup_holdout: float = field(
+        default=0.02,
+        metadata={"help": "Part of the training set, in (0, 1), held out for the greedy soup."},
+    )
+    soup_batch_norm: str = field(
+        default="recalibrate",
+        metadata={
+            "help": "The soup's BatchNorm statistics: recalibrate on training batches, or average the members'.",
+            "choices": list(SOUP_BATCH_NORMS),
+        },
+    )
+    soup_batch_norm_batches: int = field(
+        default=100, metadata={"help": "Training batches used to recalibrate the soup's BatchNorm statistics."}
+    )
+    evaluate_members: bool = field(
+        default=True, metadata={"help": "Report each member and the ensemble beside the soup."}
+    )
+    push_members: bool = field(
+        default=False, metadata={"help": "Upload the members too, under members/member_<i>/ of the repository."}
+    )
+
+    def __post_init__(self):
+        # First, so that a wrong value is refused before devices and process groups are set up.
+        self._check_population_options()
+        super().__post_init__()
+        # Trainer would multiply each loss by the number of processes, to undo an averaging of gradients that does
+        # not happen here: a member's loss is that of a run of its own.
+        self.average_tokens_across_devices = False
+
+    def _check_population_options(self) -> None:
+        def require(condition: bool, name: str, must: str) -> None:
+            if not condition:
+                raise ValueError(f"`{name}` must be {must}, found {getattr(self, name)!r}.")
+
+        def one_of(name: str, choices: tuple[str, ...]) -> None:
+            require(getattr(self, name) in choices, name, f"one of {', '.join(map(repr, choices))}")
+
+        if self.population_size is not None:
+            require(
+                isinstance(self.population_size, int) and self.population_size >= 1,
+                "population_size",
+                "a whole number of at least 1",
+            )
+        one_of("mixing", MIXINGS)
+        one_of("shuffle_schedule", SCHEDULES)
+        one_of("member_data", MEMBER_DATA)
+        one_of("soup", SOUPS)
+        one_of("soup_batch_norm", SOUP_BATCH_NORMS)
+        require(0.0 <= self.shuffle_probability <= 1.0, "shuffle_probability", "a probability between 0 and 1")
+        require(
+            isinstance(self.shuffle_interval, int) and self.shuffle_interval >= 1,
+            "shuffle_interval",
+            "a whole number of steps of at least 1",
+        )
+        require(0.0 <= self.shuffle_start <= 1.0, "shuffle_start", "a fraction of the run between 0 and 1")
+        require(0.0 <= self.shuffle_stop <= 1.0, "shuffle_stop", "a fraction of the run between 0 and 1")
+        require(
+            self.shuffle_start <= self.shuffle_stop,
+            "shuffle_start",
+            f"at most `shuffle_stop` ({self.shuffle_stop!r})",
+        )
+        require(0.0 < self.soup_holdout < 1.0, "soup_holdout", "a part of the training set between 0 and 1")
+        require(
+            isinstance(self.soup_batch_norm_batches, int) and self.soup_batch_norm_batches >= 1,
+            "soup_batch_norm_batches",
+            "a whole number of batches of at least 1",
+        )
+
+    @property
+    def n_gpu(self) -> int:
+        """
+        Number of GPUs this process uses: 0 or 1. With several visible GPUs and one process, [`~transformers.Trainer`]
+        would switch to `nn.DataParallel`, which would average the members' gradients.
+        """
+        visible = super().n_gpu
+        if visible > 1:
+            self._n_gpu = 1
+            warnings.warn(
+                f"{visible} GPUs are visible but this is one process, so only the first is used. "
+                f"To use all of them: `accelerate launch --multi_gpu --num_processes {visible} your_script.py`.",
+                stacklevel=2,
+            )
+        return min(visible, 1)
+
+    def shuffles(self, step: int, total_steps: int) -> bool:
+        """
+        Whether the population shuffles after optimizer step `step`.
+
+        Args:
+            step (`int`): The step just taken, from 1 to `total_steps`.
+            total_steps (`int`): Optimizer steps in the whole run.
+        """
+        if self.mixing == "independent" or step % self.shuffle_interval:
+            return False
+        return self.shuffle_start * total_steps < step <= self.shuffle_stop * total_steps
+
+    def expected_shuffles(self, total_steps: int) -> float:
+        """How often a first-layer weight is shuffled in a run of `total_steps`, on average."""
+        return self.shuffle_probability * sum(self.shuffles(step, total_steps) for step in range(1, total_steps + 1))

@@ -1,0 +1,297 @@
+"""
+Each member's own view of the training data, and how evaluation batches are dealt to processes.
+
+A member's loader yields, batch for batch and draw for draw, what a plain one-process Trainer's would. What is done
+with a batch is the trainer's business.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from accelerate.utils import send_to_device
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset
+from transformers.trainer_utils import has_length, seed_worker
+
+from .population import Population
+
+
+class OneProcessLoaders:
+    """
+    Stands in for the accelerator while the Trainer builds a data loader, and prepares it as an accelerator of one
+    process would. The real one would deal the data out, so that each member saw 1/N of it, and send rank 0's batches
+    to everyone where the data set is iterable.
+
+    Args:
+        accelerator (`accelerate.Accelerator`): Whose data-loader options apply.
+        data_seed (`int`, *optional*): The seed of the sampler; `None` takes the seed of torch's global generator.
+    """
+
+    def __init__(self, accelerator, data_seed: int | None = None):
+        self._accelerator = accelerator
+        self._data_seed = data_seed
+
+    def prepare(self, dataloader: DataLoader) -> DataLoader:
+        """A loader that gives this process all batches and shares nothing with other processes."""
+        if isinstance(dataloader.worker_init_fn, partial) and dataloader.worker_init_fn.func is seed_worker:
+            # Trainer seeds workers by rank; a member's workers are those of a run on one process.
+            dataloader.worker_init_fn = partial(seed_worker, num_workers=dataloader.num_workers, rank=0)
+        return prepare_data_loader(
+            dataloader,
+            num_processes=1,
+            process_index=0,
+            put_on_device=False,
+            dispatch_batches=False,
+            use_seedable_sampler=self._accelerator.use_seedable_sampler,
+            data_seed=self._data_seed,
+        )
+
+
+class MemberLoader:
+    """
+    Iterates over one member's data loader, one batch ahead as Accelerate's loader does: with augmentation and dropout
+    drawing from one stream, another order of draws would be another run.
+
+    All methods are called with the member's streams active.
+
+    Args:
+        dataloader (`DataLoader`): From [`OneProcessLoaders`].
+        member (`int`): The member's index.
+        population ([`Population`]): Whose streams batches are drawn from.
+        non_blocking (`bool`, *optional*, defaults to `False`): How batches are copied to the device.
+    """
+
+    def __init__(self, dataloader: DataLoader, member: int, population: Population, non_blocking: bool = False):
+        self.dataloader = dataloader
+        self.member = member
+        self._streams = population.streams
+        self._device = population.device
+        self._non_blocking = non_blocking
+        self._iterator: Iterator | None = None
+        self._upcoming: Any = None
+        # Where the streams stood when the epoch began, and before the batch that waits was drawn: what it takes to
+        # draw that batch again.
+        self._epoch_start: dict | None = None
+        self._before_upcoming: dict | None = None
+        self.exhausted = False
+
+    def start(self, epoch: int) -> None:
+        """Begin an epoch and draw its first batch."""
+        self._epoch_start = self._streams.capture()
+        self.dataloader.set_epoch(epoch)
+        # The base loader: Accelerate's own iteration would read ahead a second time.
+        self._iterator = iter(self.dataloader.base_dataloader)
+        self._draw()
+
+    def resume(self, epoch: int, position: int, state: dict) -> None:
+        """
+        Begin an epoch in its middle, as the undisturbed run stood there.
+
+        Args:
+            epoch (`int`): The epoch.
+            position (`int`): Batches of it that have been trained on.
+            state (`dict`): From [`state`], at that position.
+        """
+        self._streams.restore(state["epoch_start"])
+        self._epoch_start = state["epoch_start"]
+        replay = self.dataloader.num_workers > 0 or isinstance(self.dataloader.dataset, IterableDataset)
+        loader = self.dataloader if replay else skip_first_batches(self.dataloader, position)
+        loader.set_epoch(epoch)
+        self._iterator = iter(loader.base_dataloader)
+        if replay:
+            # Workers draw from streams that depend on all they have drawn before, so they draw it again.
+            for _ in range(position):
+                next(self._iterator)
+        self._streams.restore(state["before_upcoming"])
+        self._draw()
+
+    def _draw(self) -> None:
+        self._before_upcoming = self._streams.capture()
+        try:
+            self._upcoming = next(self._iterator)
+            self.exhausted = False
+        except StopIteration:
+            self._upcoming, self.exhausted = None, True
+
+    def next(self) -> Any:
+        """The next batch, on the device. Only if not `exhausted`."""
+        batch = send_to_device(self._upcoming, self._device, non_blocking=self._non_blocking)
+        self._draw()
+        return batch
+
+    def state(self) -> dict:
+        """What [`resume`] needs, beside the position."""
+        return {"epoch_start": self._epoch_start, "before_upcoming": self._before_upcoming}
+
+
+class MemberBatches(IterableDataset):
+    """
+    The batches of all of this process's members: each item is a list with one batch for each local member.
+
+    The Trainer gets it as the data set of a plain [`~torch.utils.data.DataLoader`], because that is what the Trainer
+    can skip batches of when it resumes: it discards as many items as have been trained on, which are placeholders
+    here, since what the members resume with is theirs to know.
+
+    Args:
+        loaders (`list[MemberLoader]`): One for each local member.
+        population ([`Population`]): The members.
+    """
+
+    def __init__(self, loaders: list[MemberLoader], population: Population):
+        self.loaders = loaders
+        self.population = population
+        self.epoch = 0
+        self.position = 0
+        self._resume: dict | None = None
+        self._epochs_before = 0
+
+    @property
+    def sized(self) -> bool:
+        """Whether the number of batches in an epoch is known."""
+        return all(has_length(loader.dataloader) for loader in self.loaders)
+
+    def __len__(self) -> int:
+        # TypeError, from the loader, for a stream: that is how `has_length` finds out.
+        return min(len(loader.dataloader) for loader in self.loaders)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The Trainer's count of epochs, for the next iteration."""
+        self.epoch = epoch + self._epochs_before
+
+    def resume_at(self, trainer_epoch: int, placeholders: int, saved: dict, states: list[dict]) -> None:
+        """
+        Make the next iteration go on where a checkpoint was written.
+
+        Args:
+            trainer_epoch (`int`): The epoch the Trainer believes it is in. It counts a stream that has been read
+                several times as one epoch.
+            placeholders (`int`): Items the Trainer will discard.
+            saved (`dict`): `epoch` and `position` of these batches when the checkpoint was written.
+            states (`list[dict]`): For each local member, its loader's state (`loader`) and its streams' (`streams`).
+        """
+        self._epochs_before = saved["epoch"] - trainer_epoch if saved["position"] and placeholders else 0
+        self._resume = {"placeholders": placeholders, "position": saved["position"], "states": states}
+
+    def as_dataloader(self) -> DataLoader:
+        """The loader the Trainer iterates over. Its own generator keeps its seed draw out of the members' streams."""
+        return DataLoader(self, batch_size=None, collate_fn=_unchanged, generator=torch.Generator())
+
+    def __iter__(self) -> Iterator[list | None]:
+        streams = self.population.streams
+        resume, self._resume = self._resume, None
+        mid_epoch = resume is not None and resume["placeholders"] > 0
+        self.position = resume["position"] if mid_epoch else 0
+        for slot, loader in enumerate(self.loaders):
+            streams.activate(loader.member)
+            if mid_epoch:
+                loader.resume(self.epoch, self.position, resume["states"][slot]["loader"])
+            if resume is not None:
+                streams.restore(resume["states"][slot]["streams"])
+            if not mid_epoch:
+                loader.start(self.epoch)
+        if mid_epoch:
+            yield from itertools.repeat(None, resume["placeholders"])
+        while not self._any_exhausted():
+            batches = []
+            for loader in self.loaders:
+                streams.activate(loader.member)
+                batches.append(loader.next())
+            self.position += 1
+            yield batches
+
+    def _any_exhausted(self) -> bool:
+        exhausted = any(loader.exhausted for loader in self.loaders)
+        if self.sized or self.population.world_size == 1:
+            return exhausted
+        # Streams may end at different steps on different processes. An epoch ends for all when it ends for one, or
+        # the others would wait for it at the next shuffle.
+        flag = torch.tensor([float(exhausted)], device=self.population.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+def _unchanged(batches: list) -> list:
+    return batches
+
+
+def shard_for_member(dataset: Dataset, member: int, size: int) -> Dataset:
+    """
+    The part of `dataset` that member `member` of `size` trains on with `member_data="shard"`: every `size`-th example,
+    the same number for each member (up to `size` − 1 examples are left out), so that all take the same steps.
+
+    Raises:
+        ValueError: for a stream that cannot be split evenly, or fewer examples than members.
+    """
+    if isinstance(dataset, IterableDataset):
+        shards = getattr(dataset, "num_shards", None) or getattr(dataset, "n_shards", 1)
+        if not hasattr(dataset, "shard") or shards % size:
+            raise ValueError(
+                f'`member_data="shard"` splits a stream by its shards, and {shards} shard(s) do not divide among '
+                f"{size} members. Give each member its own stream with `MemberOverrides(train_dataset=...)`."
+            )
+        return dataset.shard(num_shards=size, index=member)
+    count = len(dataset) // size
+    if count == 0:
+        raise ValueError(f'`member_data="shard"`: {len(dataset)} examples cannot be dealt to {size} members.')
+    chosen = range(member, member + count * size, size)
+    return dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
+
+
+class _DealtBatchSampler(BatchSampler):
+    """Every `num_parts`-th batch of a batch sampler, whole and without padding, beginning with batch `part`."""
+
+    def __init__(self, batch_sampler, part: int, num_parts: int):
+        self.batch_sampler, self.part, self.num_parts = batch_sampler, part, num_parts
+        self.batch_size = getattr(batch_sampler, "batch_size", None)
+        self.drop_last = getattr(batch_sampler, "drop_last", False)
+
+    def __iter__(self):
+        return itertools.islice(iter(self.batch_sampler), self.part, None, self.num_parts)
+
+    def __len__(self):
+        return len(range(self.part, len(self.batch_sampler), self.num_parts))
+
+
+def deal_batches(dataloader: DataLoader, part: int, num_parts: int) -> Iterator[tuple[int, Any]]:
+    """
+    Process `part`'s share of an evaluation, as `(index of the batch, batch)`: whole batches, in turn, so that what all
+    processes report together is what one would. A stream is read by every process, which keeps its share.
+
+    Args:
+        dataloader (`DataLoader`): Over all batches.
+        part (`int`): This process.
+        num_parts (`int`): Number of processes.
+    """
+    indices = itertools.count(part, num_parts)
+    if num_parts == 1:
+        return zip(indices, dataloader, strict=False)
+    if isinstance(dataloader.dataset, IterableDataset):
+        return zip(indices, itertools.islice(iter(dataloader), part, None, num_parts), strict=False)
+    dealt = DataLoader(
+        dataloader.dataset,
+        batch_sampler=_DealtBatchSampler(dataloader.batch_sampler, part, num_parts),
+        num_workers=dataloader.num_workers,
+        collate_fn=dataloader.collate_fn,
+        pin_memory=dataloader.pin_memory,
+        worker_init_fn=dataloader.worker_init_fn,
+        multiprocessing_context=dataloader.multiprocessing_context,
+        prefetch_factor=dataloader.prefetch_factor,
+    )
+    return zip(indices, dealt, strict=False)
+
+
+def has_labels(dataset: Dataset, collate: Callable, names: list[str]) -> bool:
+    """
+    Whether a batch of the data set has labels. Draws one example.
+
+    Args:
+        dataset (`Dataset`): Indexable and not empty.
+        collate (`Callable`): From a list of examples to a batch.
+        names (`list[str]`): What labels may be called in a batch.
+    """
+    batch = collate([dataset[0]])
+    return any(batch.get(name) is not None for name in names) if hasattr(batch, "get") else True

@@ -1,0 +1,229 @@
+"""
+[`Population`]: which member lives in which process, each member's random streams, and the collectives over members.
+
+Knows torch and NumPy; it does not know how members are trained, mixed or evaluated.
+"""
+
+import contextlib
+import copy
+import random
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+class RandomStreams:
+    """
+    One set of random streams (Python's, NumPy's, torch's on the CPU and on the accelerator) for each local member,
+    and one for everything else the process does.
+
+    The libraries know global generators only, so a member's streams are swapped in when the member computes. They stay
+    in until something else is asked for: a process with one member pays nothing while it trains.
+
+    Args:
+        device (`torch.device`): The device whose generator belongs to the streams, beside the CPU's.
+    """
+
+    def __init__(self, device: torch.device):
+        self._accelerator = torch.get_device_module(device) if device.type not in ("cpu", "mps") else None
+        self._saved: dict[int | None, dict] = {}
+        self._active: int | None = None
+
+    def capture(self) -> dict:
+        """The state of the global generators, whosever they are at the moment."""
+        state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+        if self._accelerator is not None:
+            state["accelerator"] = self._accelerator.get_rng_state()
+        return state
+
+    def restore(self, state: dict) -> None:
+        """Put a captured state into the global generators."""
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["cpu"])
+        if self._accelerator is not None and "accelerator" in state:
+            self._accelerator.set_rng_state(state["accelerator"])
+
+    def activate(self, owner: int | None) -> None:
+        """Make `owner`'s streams the global ones: a member's index, or `None` for the process's own."""
+        if owner != self._active:
+            self._saved[self._active] = self.capture()
+            self.restore(self._saved.pop(owner))
+            self._active = owner
+
+    @contextlib.contextmanager
+    def use(self, owner: int | None) -> Iterator[None]:
+        """[`activate`] for the length of a block."""
+        before = self._active
+        self.activate(owner)
+        try:
+            yield
+        finally:
+            self.activate(before)
+
+    def state(self, owner: int | None) -> dict:
+        """The state `owner`'s streams are in."""
+        return self.capture() if owner == self._active else self._saved[owner]
+
+    def set_state(self, owner: int | None, state: dict) -> None:
+        """Set `owner`'s streams to a captured state."""
+        if owner == self._active:
+            self.restore(state)
+        else:
+            self._saved[owner] = state
+
+
+class Population:
+    """
+    The members of a run and where they live. N members are dealt to W processes in blocks: process r holds the
+    members r·N/W to (r + 1)·N/W − 1.
+
+    Every method that says *collective* must be called on every process.
+
+    Args:
+        size (`int`): Number of members N.
+        device (`torch.device`): Where the members compute.
+        rank (`int`, *optional*, defaults to 0): This process.
+        world_size (`int`, *optional*, defaults to 1): Number of processes W.
+
+    Attributes:
+        members (`list[nn.Module]`): This process's members.
+        indices (`range`): Their indices in the population.
+        streams ([`RandomStreams`]): Their random streams.
+
+    Raises:
+        ValueError: if N does not divide among the processes; the message lists what would.
+    """
+
+    def __init__(self, size: int, device: torch.device, rank: int = 0, world_size: int = 1):
+        if size % world_size:
+            divisors = [n for n in range(1, size + 1) if size % n == 0]
+            raise ValueError(
+                f"A population of {size} does not divide among {world_size} processes: each process hosts equally many "
+                f"members. With {world_size} processes, use a population of "
+                f"{', '.join(str(world_size * n) for n in (1, 2, 3))}, ...; for a population of {size}, launch "
+                f"{', '.join(map(str, divisors))} processes."
+            )
+        self.size = size
+        self.device = device
+        self.rank = rank
+        self.world_size = world_size
+        self.per_process = size // world_size
+        self.indices = range(rank * self.per_process, (rank + 1) * self.per_process)
+        self.members: list[nn.Module] = []
+        self.streams = RandomStreams(device)
+
+    def owner(self, index: int) -> int:
+        """The process that hosts member `index`."""
+        return index // self.per_process
+
+    def add(self, member: nn.Module, stream: dict) -> None:
+        """Append the next local member, with the state its random streams start in."""
+        self.streams.set_state(self.indices[len(self.members)], stream)
+        self.members.append(member)
+
+    def __iter__(self) -> Iterator[tuple[int, nn.Module]]:
+        """This process's members with their indices in the population."""
+        return zip(self.indices, self.members, strict=True)
+
+    # ---- Collectives -------------------------------------------------------------------------------------------
+
+    def gather(self, local: Sequence) -> list:
+        """
+        *Collective.* One object for each member, on every process.
+
+        Args:
+            local (`Sequence`): One object for each of this process's members, in order. Small: they are pickled.
+
+        Returns:
+            `list`: N objects, in member order.
+        """
+        return [item for part in self.gather_processes(list(local)) for item in part]
+
+    def gather_processes(self, value) -> list:
+        """*Collective.* `value` of every process, in the order of their ranks."""
+        if self.world_size == 1:
+            return [value]
+        parts: list = [None] * self.world_size
+        dist.all_gather_object(parts, value)
+        return parts
+
+    def broadcast(self, value, source: int = 0):
+        """*Collective.* Process `source`'s `value` (a small object), on every process."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=source, device=self.device if dist.get_backend() == "nccl" else None)
+        return box[0]
+
+    def gather_tensors(self, local: torch.Tensor) -> torch.Tensor:
+        """
+        *Collective.* A tensor for each member, on every process.
+
+        Args:
+            local (`torch.Tensor` of shape `(members of this process, ...)`): Equal shapes on all processes.
+
+        Returns:
+            `torch.Tensor` of shape `(N, ...)`, in member order.
+        """
+        if self.world_size == 1:
+            return local
+        local = local.contiguous()
+        parts = [torch.empty_like(local) for _ in range(self.world_size)]
+        dist.all_gather(parts, local)
+        return torch.cat(parts)
+
+    def broadcast_tensors(self, tensors: Sequence[torch.Tensor], source: int = 0) -> None:
+        """*Collective.* Overwrite `tensors` on every process with those of process `source`."""
+        if self.world_size == 1:
+            return
+        for tensor in tensors:
+            # A non-contiguous tensor would be received into a copy.
+            flat = tensor.contiguous()
+            dist.broadcast(flat, src=source)
+            if flat.data_ptr() != tensor.data_ptr():
+                tensor.copy_(flat)
+
+    def state_dicts(self) -> Iterator[dict[str, torch.Tensor]]:
+        """
+        *Collective.* Each member's state dict on every process, one after the other in member order, so that a sum
+        over members is the same on every layout. What one step yields is overwritten by the next.
+        """
+        template = self.members[0].state_dict()
+        received: dict[str, torch.Tensor] | None = None
+        for index in range(self.size):
+            source = self.owner(index)
+            if source == self.rank:
+                state = self.members[index - self.indices[0]].state_dict()
+                self.broadcast_tensors(list(state.values()), source)
+            else:
+                if received is None:
+                    received = {name: torch.empty_like(value) for name, value in template.items()}
+                self.broadcast_tensors(list(received.values()), source)
+                state = received
+            yield state
+
+
+def copy_member(model: nn.Module) -> nn.Module:
+    """
+    A member of its own that shares what is frozen: N heads or N adapters then cost one backbone.
+
+    Only parameters are shared; a frozen BatchNorm still has running statistics that its member updates.
+    """
+    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, frozen)
+
+
+def share_frozen(member: nn.Module, first: nn.Module) -> None:
+    """Make `member` use `first`'s frozen parameters where the values are equal."""
+    theirs = dict(first.named_parameters())
+    for module_name, module in member.named_modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None or parameter.requires_grad:
+                continue
+            other = theirs.get(f"{module_name}.{name}" if module_name else name)
+            if other is not None and not other.requires_grad and torch.equal(other, parameter):
+                module._parameters[name] = other

@@ -1,0 +1,132 @@
+"""The ensemble of a population, as one module."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class Ensemble(nn.Module):
+    """
+    Several classifiers that answer as one: N forward passes, the mean of the predictions.
+
+    Args:
+        members (iterable of `torch.nn.Module`):
+            The members, each taking the same inputs. They are held, not copied, and keep their training mode.
+        average (`"probabilities"` or `"logits"`, *optional*, defaults to `"probabilities"`):
+            What is averaged. `"probabilities"`: the answer is the logarithm of the members' mean probabilities, so
+            that a softmax over it gives that mean. `"logits"`: the answer is the mean of the logits, as PAPA has it.
+
+    Raises:
+        ValueError: for no members, members that are not modules, or an unknown `average`.
+
+    Example:
+
+    ```python
+    >>> from hf_wash.soup import Ensemble
+
+    >>> ensemble = Ensemble.from_pretrained("user/population")
+    >>> probabilities = ensemble(pixel_values=images).logits.softmax(-1)
+    ```
+    """
+
+    def __init__(self, members: Iterable[nn.Module], *, average: Literal["probabilities", "logits"] = "probabilities"):
+        super().__init__()
+        if average not in ("probabilities", "logits"):
+            raise ValueError(f"An ensemble averages 'probabilities' or 'logits', not {average!r}.")
+        members = list(members)
+        if not members:
+            raise ValueError("An ensemble needs at least one member, and the list of members is empty.")
+        for index, member in enumerate(members):
+            if not isinstance(member, nn.Module):
+                raise ValueError(
+                    f"Member {index} of the ensemble is a {type(member).__name__}; expected a torch.nn.Module. "
+                    "`Ensemble.from_pretrained` loads members from a folder or the Hub."
+                )
+        self.members = nn.ModuleList(members)
+        self.average = average
+
+    def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """
+        Answers as one member would.
+
+        Args:
+            labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_classes)`, *optional*):
+                Classes, or their probabilities. With them the answer has the cross-entropy of the ensemble as loss.
+                The members do not see them.
+            *args, **kwargs:
+                Passed to each member.
+
+        Returns:
+            What members return: a tensor of shape `(batch_size, num_classes)`, or an output of the members' class with
+            `logits` (and `loss`) and nothing else, or a tuple of these. At least float32.
+        """
+        total, first = None, None
+        for member in self.members:
+            output = member(*args, **kwargs)
+            first = output if first is None else first
+            logits = _logits(output)
+            # Half precision is too coarse to be summed or exponentiated in.
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if self.average == "probabilities":
+                logits = functional.log_softmax(logits, dim=-1)
+                # Added as logarithms: a probability too small for a float would make the answer minus infinity.
+                total = logits if total is None else torch.logaddexp(total, logits)
+            else:
+                total = logits if total is None else total + logits
+        count = len(self.members)
+        if self.average == "probabilities":
+            mean = total - torch.log(torch.tensor(count, dtype=total.dtype, device=total.device))
+        else:
+            mean = total / count
+        loss = None if labels is None else functional.cross_entropy(mean, labels.to(mean.device))
+        if isinstance(first, torch.Tensor):
+            return mean if loss is None else (loss, mean)
+        if isinstance(first, tuple):
+            return (mean,) if loss is None else (loss, mean)
+        return type(first)(logits=mean) if loss is None else type(first)(loss=loss, logits=mean)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_repo: str | Path,
+        *,
+        average: Literal["probabilities", "logits"] = "probabilities",
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "Ensemble":
+        """
+        Rebuilds the ensemble of a population that was saved or pushed with its members.
+
+        Args:
+            folder_or_repo (`str` or `Path`):
+                The folder of a run, or a repository of the Hub. The members are in `members/member_<i>/` (as they are
+                pushed) or `_members/member_<i>/` (as a run keeps them).
+            average (`"probabilities"` or `"logits"`, *optional*, defaults to `"probabilities"`):
+                What is averaged.
+            revision (`str`, *optional*):
+                Branch, tag or commit of the repository.
+            token (`str` or `bool`, *optional*):
+                Access token for the Hub.
+
+        Returns:
+            [`Ensemble`]: the members in evaluation mode, on the CPU.
+
+        Raises:
+            ValueError: if there is no such folder or repository, it holds no members, or one is missing.
+        """
+        # The one place where a soup needs to know how models are stored, and so transformers and timm.
+        from ..hub.loading import load_members
+
+        return cls(load_members(folder_or_repo, revision=revision, token=token), average=average)
+
+
+def _logits(output: Any) -> torch.Tensor:
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, tuple):
+        return output[0]
+    return output.logits

@@ -1,0 +1,238 @@
+"""Where a member's weights come from: a module, a state dict or safetensors files, read one tensor at a time.
+
+The averages themselves are in `uniform.py` and `greedy.py`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+
+# The names of the safetensors format for the element types that torch has, too.
+_SAFETENSORS_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# In the order in which the loaders of the ecosystem look for them.
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+
+
+class WeightSource:
+    """
+    The named tensors of one member, each read when it is asked for.
+
+    Args:
+        description (`str`):
+            What the member is called in an error message.
+        specs (`dict[str, tuple]`):
+            For each name, in order, the tensor's shape and dtype. The value's type for what is not a tensor
+            (a module's extra state).
+        ties (`dict[str, str]`):
+            Names whose tensor is the very memory of an earlier name, mapped to that earlier name.
+    """
+
+    def __init__(self, description: str, specs: dict[str, tuple], ties: dict[str, str]):
+        self.description = description
+        self.specs = specs
+        self.ties = ties
+
+    def read(self, name: str) -> Any:
+        """The value called `name`. It may be the member's own memory, so it is not to be written to."""
+        raise NotImplementedError
+
+    def read_all(self) -> dict[str, Any]:
+        """The whole state dict, for who needs all of it at once."""
+        return {name: self.read(name) for name in self.specs}
+
+
+class _StateDictSource(WeightSource):
+    def __init__(self, description: str, state_dict: Mapping[str, Any]):
+        self._state_dict = state_dict
+        specs, ties, owner = {}, {}, {}
+        for name, value in state_dict.items():
+            if not isinstance(value, torch.Tensor):
+                specs[name] = (type(value),)
+                continue
+            if value.is_meta:
+                raise ValueError(f"'{name}' of {description} is on the meta device, so it has no values to average.")
+            specs[name] = (tuple(value.shape), value.dtype)
+            if value.numel() == 0:
+                continue  # empty tensors all share the null address without being tied
+            memory = (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
+            if memory in owner:
+                ties[name] = owner[memory]
+            else:
+                owner[memory] = name
+        super().__init__(description, specs, ties)
+
+    def read(self, name: str) -> Any:
+        value = self._state_dict[name]
+        return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+class _SafetensorsSource(WeightSource):
+    def __init__(self, description: str, files: list[Path]):
+        self._file_of = {}
+        specs = {}
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as weights:
+                    names = weights.keys()
+                    for name in names:
+                        part = weights.get_slice(name)
+                        dtype = _SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype())
+                        specs[name] = (tuple(part.get_shape()), dtype)
+                        self._file_of[name] = file
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} cannot be read as safetensors: {error}.") from error
+        # A file keeps its tensors by size, its reader sorts them by name: give all files of one model one order.
+        super().__init__(description, dict(sorted(specs.items())), {})
+
+    def read(self, name: str) -> torch.Tensor:
+        # Opened anew for each tensor: a file that stays open keeps every page that was ever touched resident, and a
+        # soup of many members would slowly take the memory of all of them.
+        with safe_open(self._file_of[name], framework="pt") as weights:
+            return weights.get_tensor(name)
+
+
+def find_weight_files(path: str | Path) -> list[Path]:
+    """
+    The safetensors files that hold the weights of a model folder.
+
+    Args:
+        path (`str` or `Path`):
+            A folder with `model.safetensors`, its sharded form, `adapter_model.safetensors` or one other safetensors
+            file; or such a file itself.
+
+    Returns:
+        `list[Path]`: one file, or the shards.
+
+    Raises:
+        ValueError: if nothing is there, or nothing but pickles.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(_not_safetensors(path, [path.name]))
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"There is no folder or file {path}; download a repository of the Hub before averaging it.")
+    for name in _WEIGHT_FILES:
+        file = path / name
+        if not file.is_file():
+            continue
+        if file.suffix == ".safetensors":
+            return [file]
+        try:
+            shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{file} is not an index of safetensors shards: {error}.") from error
+        missing = [shard for shard in shards if not (path / shard).is_file()]
+        if missing:
+            raise ValueError(f"{file} lists {missing[0]}, which is not there.")
+        return [path / shard for shard in shards]
+    others = sorted(path.glob("*.safetensors"))
+    if len(others) == 1:
+        return others
+    if others:
+        names = ", ".join(file.name for file in others)
+        raise ValueError(
+            f"{path} holds several safetensors files and no model.safetensors: {names}; name one of them."
+        )
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        raise ValueError(_not_safetensors(path, pickles))
+    raise ValueError(f"{path} holds no weights: expected model.safetensors in it.")
+
+
+def _not_safetensors(path: Path, names: list[str]) -> str:
+    return (
+        f"{path} holds its weights as a pickle only ({', '.join(names)}), and loading a pickle can run any code in it: "
+        "save the model as safetensors first."
+    )
+
+
+def open_member(member: "nn.Module | Mapping[str, Any] | str | Path", index: int) -> WeightSource:
+    """
+    Opens a member without reading its values.
+
+    Args:
+        member (`torch.nn.Module`, `Mapping` or path):
+            A model, a state dict, or the path of a model folder or safetensors file.
+        index (`int`):
+            Its place among the members, for error messages.
+
+    Raises:
+        ValueError: if it is none of these, or the path holds no safetensors.
+    """
+    if isinstance(member, nn.Module):
+        return _StateDictSource(f"member {index}", member.state_dict())
+    if isinstance(member, Mapping):
+        return _StateDictSource(f"member {index}", member)
+    if isinstance(member, (str, Path)):
+        return _SafetensorsSource(f"member {index} ({member})", find_weight_files(member))
+    raise ValueError(
+        f"Member {index} is a {type(member).__name__}; expected a torch.nn.Module, a state dict, or the path of a "
+        "folder or safetensors file."
+    )
+
+
+def check_alike(reference: WeightSource, other: WeightSource) -> None:
+    """
+    Checks that two members have the same tensors.
+
+    Raises:
+        ValueError: naming the first tensor whose presence, shape or dtype differs.
+    """
+    prefix = f"{other.description} cannot be averaged with {reference.description}:"
+    prefix = prefix[0].upper() + prefix[1:]
+    for name, spec in reference.specs.items():
+        if name not in other.specs:
+            raise ValueError(f"{prefix} '{name}' is missing in {other.description}.")
+        if spec == other.specs[name]:
+            continue
+        for what, here, there in zip(("shape", "dtype"), spec, other.specs[name], strict=False):
+            if here != there:
+                raise ValueError(
+                    f"{prefix} '{name}' has {what} {there} in {other.description} and {here} in "
+                    f"{reference.description}."
+                )
+    for name in other.specs:
+        if name not in reference.specs:
+            raise ValueError(f"{prefix} '{name}' is missing in {reference.description}.")
+
+
+def check_is_a_collection(members: Any) -> None:
+    """
+    Refuses what can be iterated over but is one model, not several.
+
+    Raises:
+        ValueError: if `members` is a path, a state dict, a tensor or a model.
+    """
+    one_model = isinstance(members, (str, Path, Mapping, torch.Tensor)) or (
+        isinstance(members, nn.Module) and not isinstance(members, nn.ModuleList)
+    )
+    if one_model or not hasattr(members, "__iter__"):
+        raise ValueError(f"A soup is made of several members: pass a list of them, not one {type(members).__name__}.")

@@ -7,7 +7,7 @@ Knows torch and NumPy; it does not know how members are trained, mixed or evalua
 import contextlib
 import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -187,17 +187,24 @@ class Population:
             if flat.data_ptr() != tensor.data_ptr():
                 tensor.copy_(flat)
 
-    def state_dicts(self) -> Iterator[dict[str, torch.Tensor]]:
+    def state_dicts(self, exclude: Collection[str] = ()) -> Iterator[dict[str, torch.Tensor]]:
         """
         *Collective.* Each member's state dict on every process, one after the other in member order, so that a sum
         over members is the same on every layout. What one step yields is overwritten by the next.
+
+        Args:
+            exclude (`Collection[str]`, *optional*): Names to leave out, because all members share them.
         """
-        template = self.members[0].state_dict()
+
+        def tensors_of(member: nn.Module) -> dict[str, torch.Tensor]:
+            return {name: value for name, value in member.state_dict().items() if name not in exclude}
+
+        template = tensors_of(self.members[0])
         received: dict[str, torch.Tensor] | None = None
         for index in range(self.size):
             source = self.owner(index)
             if source == self.rank:
-                state = self.members[index - self.indices[0]].state_dict()
+                state = tensors_of(self.members[index - self.indices[0]])
                 self.broadcast_tensors(list(state.values()), source)
             else:
                 if received is None:

@@ -1,0 +1,79 @@
+"""
+What all processes must agree on before the first step, compared so that a difference is an error with a name instead
+of a hang or a silently wrong population.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from .population import Population
+
+
+def describe_architecture(model: nn.Module) -> list[tuple[str, tuple[int, ...], str, bool]]:
+    """Each parameter's name, shape, dtype and whether it is trained, and each buffer's name, shape and dtype."""
+    parameters = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
+    return parameters + [(name, tuple(b.shape), str(b.dtype), False) for name, b in model.named_buffers()]
+
+
+def check_same_architecture(population: Population) -> None:
+    """
+    *Collective.* Check that all members have the same tensors.
+
+    Raises:
+        ValueError: on every process, naming the first difference and the member that has it.
+    """
+    architectures = population.gather([describe_architecture(member) for member in population.members])
+    for index, other in enumerate(architectures[1:], start=1):
+        difference = _first_difference(architectures[0], other)
+        if difference is not None:
+            raise ValueError(
+                f"All members must have one architecture, but member {index} differs from 0: {difference}."
+            )
+
+
+def _first_difference(ours: list, theirs: list) -> str | None:
+    for (name, *mine), (other_name, *other) in zip(ours, theirs, strict=False):
+        if name != other_name:
+            return f"its tensor `{other_name}` stands where `{name}` was expected"
+        for what, a, b in zip(("shape", "dtype", "requires_grad"), mine, other, strict=True):
+            if a != b:
+                return f"`{name}` has {what} {b} instead of {a}"
+    if len(ours) != len(theirs):
+        longer = ours if len(ours) > len(theirs) else theirs
+        return f"`{longer[min(len(ours), len(theirs))][0]}` is {'missing' if longer is ours else 'additional'}"
+    return None
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers, names and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_agreement(population: Population, facts: dict[str, Any]) -> None:
+    """
+    *Collective.* Compare a dictionary of facts over all processes.
+
+    Raises:
+        ValueError: on every process, naming each fact that differs and what process 0 and the other one say.
+    """
+    everyone = population.gather_processes(facts)
+    for rank, theirs in enumerate(everyone[1:], start=1):
+        different = [name for name in everyone[0] if theirs.get(name) != everyone[0][name]]
+        different += [name for name in theirs if name not in everyone[0]]
+        if different:
+            told = "; ".join(
+                f"{name}: {_short(everyone[0].get(name))} against {_short(theirs.get(name))}" for name in different
+            )
+            raise ValueError(f"Processes 0 and {rank} do not agree, so the run would hang or go wrong. {told}.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -199,15 +199,22 @@ def open_member(member: "nn.Module | Mapping[str, Any] | str | Path", index: int
     )
 
 
-def check_alike(reference: WeightSource, other: WeightSource) -> None:
+def check_alike(reference: WeightSource, other: WeightSource, prefix: str | None = None) -> None:
     """
     Checks that two members have the same tensors.
+
+    Args:
+        reference, other ([`WeightSource`]):
+            What is compared.
+        prefix (`str`, *optional*):
+            How the error begins. That the two cannot be averaged, if not given.
 
     Raises:
         ValueError: naming the first tensor whose presence, shape or dtype differs.
     """
-    prefix = f"{other.description} cannot be averaged with {reference.description}:"
-    prefix = prefix[0].upper() + prefix[1:]
+    if prefix is None:
+        prefix = f"{other.description} cannot be averaged with {reference.description}:"
+        prefix = prefix[0].upper() + prefix[1:]
     for name, spec in reference.specs.items():
         if name not in other.specs:
             raise ValueError(f"{prefix} '{name}' is missing in {other.description}.")

@@ -1,0 +1,209 @@
+"""Reading exported models and populations back, from a folder or the Hub, from safetensors only.
+
+Writing them is `export.py`'s work.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..soup.weights import find_weight_files
+
+
+# Kept by an export of an adapter beside it: the backbone as the adapter was trained on it, with its head and classes.
+# Not `config.json`: with a file of that name, transformers takes the folder for a complete model.
+BACKBONE_CONFIG = "backbone_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_model(
+    folder_or_repo: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    base_model: nn.Module | str | Path | None = None,
+) -> nn.Module:
+    """
+    Loads a model of whichever kind: transformers, timm or an adapter.
+
+    Args:
+        folder_or_repo (`str` or `Path`):
+            A folder, or a repository of the Hub where there is no such folder.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the repository.
+        token (`str` or `bool`, *optional*):
+            Access token for the Hub.
+        base_model (`torch.nn.Module`, `str` or `Path`, *optional*):
+            For an adapter: the backbone to put it on, or where that is. The one that the adapter names if not given.
+
+    Returns:
+        `torch.nn.Module`: the model on the CPU, in evaluation mode. A `PreTrainedModel` for a transformers model; for
+        a timm model `TimmWrapperForImageClassification` (its `timm_model` is the bare one); a `PeftModel` for an
+        adapter.
+
+    Raises:
+        ValueError: if there is no such folder or repository, its weights are a pickle, or it is no model.
+    """
+    folder = find_folder(folder_or_repo, revision=revision, token=token)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _load_adapter(folder, base_model, token)
+    if base_model is not None:
+        raise ValueError(f"{folder_or_repo} is a whole model, not an adapter, so `base_model` has no meaning for it.")
+    if not (folder / "config.json").is_file():
+        find_weight_files(folder)  # a folder of pickles is told so first
+        raise ValueError(f"{folder_or_repo} holds no config.json, so there is no telling what kind of model it is.")
+    return _load_complete(folder).eval()
+
+
+def load_members(
+    folder_or_repo: str | Path, *, revision: str | None = None, token: str | bool | None = None
+) -> list[nn.Module]:
+    """
+    Loads the members of a population, in member order.
+
+    Args:
+        folder_or_repo (`str` or `Path`):
+            The folder of a run, or a repository that it was pushed to with `push_members`. Members are looked for in
+            `members/member_<i>/`, then in `_members/member_<i>/`.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the repository.
+        token (`str` or `bool`, *optional*):
+            Access token for the Hub.
+
+    Raises:
+        ValueError: if there are no members, one of them is missing, or one cannot be loaded.
+    """
+    folder = find_folder(folder_or_repo, revision=revision, token=token, part="members")
+    for name in ("members", "_members"):
+        members = {}
+        for path in (folder / name).glob("member_*"):
+            match = re.fullmatch(r"member_(\d+)", path.name)
+            if match and path.is_dir():
+                members[int(match.group(1))] = path
+        if not members:
+            continue
+        for index in range(max(members)):
+            if index not in members:
+                raise ValueError(
+                    f"{folder_or_repo} holds {name}/member_{max(members)} but no {name}/member_{index}: "
+                    "without it the ensemble would not be that of the population."
+                )
+        return [load_model(members[index]) for index in sorted(members)]
+    raise ValueError(
+        f"{folder_or_repo} holds no members: expected members/member_0 or _members/member_0 in it. "
+        "A repository has them if it was pushed with `push_members=True`."
+    )
+
+
+def find_folder(
+    folder_or_repo: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    part: str | None = None,
+) -> Path:
+    """
+    The local folder of a model, downloaded from the Hub where there is none of that name.
+
+    Args:
+        folder_or_repo (`str` or `Path`):
+            A folder or a repository id.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the repository.
+        token (`str` or `bool`, *optional*):
+            Access token for the Hub.
+        part (`str`, *optional*):
+            A folder of the repository to download instead of its root.
+
+    Raises:
+        ValueError: if neither exists, or the Hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if Path(folder_or_repo).is_dir():
+        if revision is not None:
+            raise ValueError(f"{folder_or_repo} is a folder of this machine, which has no revision {revision!r}.")
+        return Path(folder_or_repo)
+    wanted = ["*.json", "*.safetensors"]
+    try:
+        # `*` matches slashes too, hence the second list.
+        path = snapshot_download(
+            str(folder_or_repo),
+            revision=revision,
+            token=token,
+            allow_patterns=wanted if part is None else [f"{part}/{pattern}" for pattern in wanted],
+            ignore_patterns=["members/*", "_members/*", "checkpoint-*"] if part is None else None,
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        at = "" if revision is None else f" at revision {revision!r}"
+        raise ValueError(
+            f"There is no folder {folder_or_repo} here, and no repository of that name{at} could be downloaded: "
+            f"{reason.strip()}"
+        ) from error
+    return Path(path)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file's object; a `ValueError` that names the file if it is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__} where a JSON object is expected.")
+    return content
+
+
+def _load_complete(folder: Path, config: Any = None) -> nn.Module:
+    """The model in `folder`, built after `config` where given; weights of other shapes are then left out."""
+    import transformers
+    from transformers import AutoModelForImageClassification
+
+    find_weight_files(folder)
+    own_config = config is None
+    if own_config:
+        config = _config_of(folder / "config.json")
+    loader = AutoModelForImageClassification
+    if type(config) not in AutoModelForImageClassification._model_mapping:
+        names = config.architectures or []
+        loader = getattr(transformers, names[0], None) if names else None
+        if loader is None:
+            raise ValueError(
+                f"{folder} holds a model of type '{config.model_type}' ({', '.join(names) or 'no architecture named'}), "
+                "which transformers has no image classifier or other class for."
+            )
+    return loader.from_pretrained(folder, config=config, use_safetensors=True, ignore_mismatched_sizes=not own_config)
+
+
+def _config_of(file: Path) -> Any:
+    from transformers import AutoConfig, TimmWrapperConfig
+
+    content = read_json(file)
+    if "pretrained_cfg" not in content:
+        if "model_type" not in content:
+            raise ValueError(f"{file} has neither `model_type` (transformers) nor `pretrained_cfg` (timm).")
+        return AutoConfig.from_pretrained(file)
+    # timm's own `save_for_hf` names the number of classes once more here, which the wrapper passes twice.
+    (content.get("model_args") or {}).pop("num_classes", None)
+    return TimmWrapperConfig.from_dict(content)
+
+
+def _load_adapter(folder: Path, base_model: nn.Module | str | Path | None, token: str | bool | None) -> nn.Module:
+    from peft import PeftModel
+
+    find_weight_files(folder)
+    if not isinstance(base_model, nn.Module):
+        named = base_model or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if not named:
+            raise ValueError(
+                f"The adapter in {folder} does not say which backbone it belongs to: pass it as `base_model`."
+            )
+        base_folder = find_folder(named, token=token)
+        config = _config_of(folder / BACKBONE_CONFIG) if (folder / BACKBONE_CONFIG).is_file() else None
+        base_model = _load_complete(base_folder, config)
+    return PeftModel.from_pretrained(base_model, folder).eval()

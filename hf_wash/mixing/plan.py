@@ -1,0 +1,398 @@
+"""
+Which coordinates move from which member to which: a pure function of (seed, step, shapes, probabilities, N).
+
+A plan is derived by every process for itself and never sent, so it has to be the same everywhere to the bit. All that
+is used here are the raw words of the counter-based generator Philox4x64-10, whose stream NumPy keeps fixed, and integer
+operations on them. No logarithm, no floating-point random number, no method of `numpy.random.Generator`: these differ
+between processors and versions. NumPy's own random state is neither read nor written.
+
+The draw follows from one observation: a selected coordinate whose permutation is the identity is not touched, so that
+only the others need to be drawn. A coordinate is *moved* with probability q = p·(1 − 1/N!), and the permutation of a
+moved coordinate is uniform over the N! − 1 that are not the identity.
+"""
+
+import functools
+import hashlib
+import itertools
+import math
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+from numpy.random import Philox
+
+
+# Part of every digest. Raise it whenever the same arguments would give another plan: a run cannot be resumed then.
+PLAN_VERSION = 1
+
+# The second word of Philox's key, so that nobody else who keys a Philox with the same seed draws our words.
+_KEY = int.from_bytes(b"hf_wash\0", "little")
+
+# From here on one byte per coordinate is cheaper than one word per moved coordinate and the sort that it needs.
+_DENSE = 2**64 // 32
+
+# A longer line is cut, so that a position in a line times a word of 33 bits still fits into 64.
+_LONGEST_LINE = 2**31
+
+# How many coordinates of a densely selected line are drawn at once: what fits into a processor's cache.
+_CHUNK = 2**19
+
+# Up to here permutations are looked up in a table: 8! rows of 8 bytes.
+_TABLE_MEMBERS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What one shuffle moves.
+
+    Attributes:
+        step (`int`):
+            The step that the plan was drawn for.
+        num_members (`int`):
+            The size of the population, N.
+        coordinates (`numpy.ndarray`):
+            The moved coordinates, of shape `(num_moved,)` and dtype int64: the index into the flattened tensor
+            (logical order, so the memory format is of no account), tensor after tensor, ascending within each.
+        offsets (`list[int]`):
+            Where each tensor's coordinates start in `coordinates`, of length `num_tensors + 1`.
+        digest (`bytes`):
+            8 bytes that differ between different plans, steps, seeds and populations.
+    """
+
+    step: int
+    num_members: int
+    coordinates: np.ndarray
+    offsets: list[int]
+    digest: bytes
+    # One permutation for each moved coordinate: an index into the tables of `_permutation_tables` of shape (num_moved,)
+    # for a small population, else the sources themselves, of shape (num_members, num_moved).
+    _permutations: np.ndarray = field(repr=False)
+
+    def sources(self, member: int) -> np.ndarray:
+        """
+        From which member the new value of `member` comes, for each moved coordinate: π_i(n).
+
+        Args:
+            member (`int`):
+                The member that receives, in [0, N).
+
+        Returns:
+            `numpy.ndarray`: Member numbers of shape `(num_moved,)`. Where it is `member` itself, the coordinate is a
+            fixed point for this member.
+        """
+        if self._permutations.ndim == 2:
+            return self._permutations[member]
+        return _permutation_tables(self.num_members)[0][member].take(self._permutations)
+
+    def destinations(self, member: int) -> np.ndarray:
+        """
+        To which member the old value of `member` goes, for each moved coordinate: the inverse of [`Plan.sources`].
+
+        Args:
+            member (`int`):
+                The member that gives, in [0, N).
+
+        Returns:
+            `numpy.ndarray`: Member numbers of shape `(num_moved,)`.
+        """
+        if self._permutations.ndim == 2:
+            return self._inverse[member]
+        return _permutation_tables(self.num_members)[1][member].take(self._permutations)
+
+    @functools.cached_property
+    def _inverse(self) -> np.ndarray:
+        inverse = np.empty_like(self._permutations)
+        columns = np.arange(inverse.shape[1])
+        for member, sources in enumerate(self._permutations):
+            inverse[sources, columns] = member
+        return inverse
+
+    @functools.cached_property
+    def values_moved_by_tensor(self) -> np.ndarray:
+        """How many values change owner, over all members, in each tensor: int64 of shape `(num_tensors,)`."""
+        if self._permutations.ndim == 2:
+            members = np.arange(self.num_members, dtype=self._permutations.dtype)[:, None]
+            moved = (self._permutations != members).sum(axis=0)
+        else:
+            moved = _permutation_tables(self.num_members)[2].take(self._permutations)
+        before = np.concatenate([[0], np.cumsum(moved, dtype=np.int64)])
+        return np.diff(before[self.offsets])
+
+
+@functools.cache
+def _permutation_tables(num_members: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    All permutations of a small population, in lexicographic order, so that number 0 is the identity.
+
+    Returns:
+        `tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]`: For each member (row) and permutation (column), the source
+        and the destination, both of shape `(num_members, num_members!)`; and how many members each permutation moves.
+    """
+    sources = np.array(list(itertools.permutations(range(num_members))), dtype=np.uint8).T
+    destinations = np.argsort(sources, axis=0).astype(np.uint8)
+    moved = (sources != np.arange(num_members, dtype=np.uint8)[:, None]).sum(axis=0)
+    return np.ascontiguousarray(sources), np.ascontiguousarray(destinations), moved
+
+
+def _count_thresholds(size: int, rate: int) -> tuple[int, array]:
+    """
+    The distribution of the number of moved coordinates in a line: Binomial(size, rate/2^64), for drawing with one word.
+
+    The probabilities follow from the most likely count by the ratio of neighbours, in fixed point with 192 bits. Counts
+    less likely than 2^-80 of it are left out, and the cumulative probabilities are rounded to 2^-64: that is the only
+    place where the plan's distribution is not exact, and nothing of either size can be seen in any number of draws
+    that a machine can make.
+
+    Args:
+        size (`int`):
+            The number of coordinates.
+        rate (`int`):
+            The probability of each, as a multiple of 2^-64.
+
+    Returns:
+        `tuple[int, array]`: The smallest count, and thresholds such that a uniform word u stands for the smallest count
+        plus the number of thresholds that are at most u.
+    """
+    one = 1 << 64
+    rest = one - rate
+    mode = min(size, (size + 1) * rate >> 64)
+    most, least = 1 << 192, 1 << (192 - 80)
+    up, weight, count = [], most, mode
+    while count < size:
+        weight = weight * (size - count) * rate // ((count + 1) * rest)
+        if weight < least:
+            break
+        up.append(weight)
+        count += 1
+    down, weight, count = [], most, mode
+    while count > 0:
+        weight = weight * count * rest // ((size - count + 1) * rate)
+        if weight < least:
+            break
+        down.append(weight)
+        count -= 1
+    weights = [*reversed(down), most, *up]
+    total = sum(weights)
+    # The last count needs no threshold: it takes all words that are left.
+    thresholds = ((cumulative << 64) // total for cumulative in itertools.accumulate(weights[:-1]))
+    return count, array("Q", (min(threshold, one - 1) for threshold in thresholds))
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A run of coordinates, over one or more whole or cut tensors, that are all moved at the same rate."""
+
+    start: int
+    size: int
+    rate: int
+
+
+class Planner:
+    """
+    Draws the plan of any step of a run.
+
+    What depends on the shapes and the probabilities alone is prepared once; [`Planner.draw`] then costs O(Σ p_l·d_l)
+    time and memory. The planner has no state that a draw would change: steps may be drawn in any order, and from
+    several threads.
+
+    How a plan is drawn, for each line (tensors next to each other with equal probability):
+
+    - *q < 1/32*: the number of moved coordinates from its exact binomial distribution, by one word and a table of
+      thresholds; then this many distinct positions, each uniform by multiplication, shift and rejection of the words
+      that would favour some. Positions drawn twice are replaced until there are enough, which leaves every subset of
+      this size equally likely.
+    - *q ≥ 1/32*: one byte for each coordinate, compared with the first byte of q; where they are equal, 56 bits more.
+
+    q is rounded down to a multiple of 2^-64.
+
+    Args:
+        seed (`int`):
+            The seed, in [0, 2^64).
+        sizes (`Sequence[int]`):
+            The number of coordinates of each tensor, in the order in which all processes list them.
+        probabilities (`Sequence[float]`):
+            The probability p_l of each tensor, in [0, 1].
+        num_members (`int`):
+            The size of the population, N.
+
+    Raises:
+        ValueError: for a seed outside [0, 2^64).
+    """
+
+    def __init__(self, seed: int, sizes: Sequence[int], probabilities: Sequence[float], num_members: int):
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, and is {seed!r}.")
+        self.seed = seed
+        self.num_members = num_members
+        self._tensor_starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self._salt = hashlib.blake2b(
+            repr((PLAN_VERSION, seed, num_members, list(sizes), [float(p).hex() for p in probabilities])).encode(),
+            digest_size=16,
+        ).digest()
+        lines = self._lines(sizes, probabilities)
+        self._dense = [line for line in lines if line.rate >= _DENSE]
+        sparse = [line for line in lines if 0 < line.rate < _DENSE]
+        self._counts = [_count_thresholds(line.size, line.rate) for line in sparse]
+        self._sparse_starts = np.array([line.start for line in sparse], dtype=np.int64)
+        self._sparse_ends = np.array([line.start + line.size for line in sparse], dtype=np.int64)
+        self._sparse_sizes = np.array([line.size for line in sparse], dtype=np.uint64)
+        # As many bits of a word as can be multiplied by the longest line without overflow.
+        self._bits = 64 - max((line.size for line in sparse), default=1).bit_length()
+        self._reject_below = np.array([2**self._bits % line.size for line in sparse], dtype=np.uint64)
+
+    def _lines(self, sizes: Sequence[int], probabilities: Sequence[float]) -> list[_Line]:
+        identities = Fraction(1, math.factorial(self.num_members))
+        lines: list[_Line] = []
+        start = 0
+        for probability, run in itertools.groupby(zip(probabilities, sizes, strict=True), key=lambda item: item[0]):
+            rate = int(Fraction(probability) * (1 - identities) * 2**64)
+            size = sum(tensor_size for _, tensor_size in run)
+            for cut in range(0, size, _LONGEST_LINE):
+                lines.append(_Line(start + cut, min(_LONGEST_LINE, size - cut), rate))
+            start += size
+        return lines
+
+    def draw(self, step: int) -> Plan:
+        """
+        Draws the plan of a step.
+
+        Args:
+            step (`int`):
+                The step, in [0, 2^64).
+
+        Returns:
+            [`Plan`]: The plan, the same for the same arguments on every process, layout and machine.
+        """
+        # The step is the third word of the counter, so each step has 2^128 blocks of words of its own.
+        words = Philox(key=[self.seed, _KEY], counter=[0, 0, step, 0])
+        moved = self._draw_sparse(words)
+        if self._dense:
+            pieces, done = [], 0
+            for line in self._dense:
+                # Lines do not overlap, so sorted pieces in the order of the lines are sorted as a whole.
+                until = int(np.searchsorted(moved, line.start))
+                pieces += [moved[done:until], *_draw_dense(words, line)]
+                done = until
+            moved = np.concatenate([*pieces, moved[done:]])
+        permutations = _draw_permutations(words, self.num_members, len(moved))
+        offsets = np.searchsorted(moved, self._tensor_starts)
+        moved -= np.repeat(self._tensor_starts[:-1], np.diff(offsets))
+        digest = hashlib.blake2b(self._salt + step.to_bytes(8, "little"), digest_size=8)
+        digest.update(offsets.astype("<i8", copy=False))
+        digest.update(moved.astype("<i8", copy=False))
+        digest.update(permutations.astype(permutations.dtype.newbyteorder("<"), copy=False))
+        return Plan(step, self.num_members, moved, offsets.tolist(), digest.digest(), permutations)
+
+    def _draw_sparse(self, words: Philox) -> np.ndarray:
+        counts = np.array(
+            [
+                fewest + bisect_right(thresholds, word)
+                for (fewest, thresholds), word in zip(
+                    self._counts, words.random_raw(len(self._counts)).tolist(), strict=True
+                )
+            ],
+            dtype=np.int64,
+        )
+        total = int(counts.sum())
+        taken = self._draw_positions(words, counts)
+        taken.sort()
+        taken = _without_repeats(taken)
+        while len(taken) < total:
+            have = np.searchsorted(taken, self._sparse_ends) - np.searchsorted(taken, self._sparse_starts)
+            more = self._draw_positions(words, counts - have)
+            more.sort()
+            more = _without_repeats(more)
+            places = np.searchsorted(taken, more)
+            new = taken.take(places, mode="clip") != more
+            taken = np.insert(taken, places[new], more[new])
+        return taken
+
+    def _draw_positions(self, words: Philox, counts: np.ndarray) -> np.ndarray:
+        """Draws `counts[line]` positions in each line, with repeats, and leaves out those that were rejected."""
+        products = words.random_raw(int(counts.sum()))
+        products >>= np.uint64(64 - self._bits)
+        products *= np.repeat(self._sparse_sizes, counts)
+        positions = (products >> np.uint64(self._bits)).view(np.int64)
+        positions += np.repeat(self._sparse_starts, counts)
+        if len(products):
+            # Lemire's test. It fails so rarely that the limit of each line is looked up only after a coarse one failed.
+            products &= np.uint64(2**self._bits - 1)
+            if int(products.min()) < int(self._reject_below.max()):
+                positions = positions[products >= np.repeat(self._reject_below, counts)]
+        return positions
+
+
+def _without_repeats(values: np.ndarray) -> np.ndarray:
+    repeats = values[1:] == values[:-1]
+    if not repeats.any():
+        return values
+    return values[np.concatenate([[True], ~repeats])]
+
+
+def _draw_dense(words: Philox, line: _Line) -> list[np.ndarray]:
+    """Draws a line coordinate by coordinate. Returns the moved positions, ascending, in pieces."""
+    first, rest = line.rate >> 56, line.rate & (2**56 - 1)
+    pieces = []
+    for start in range(0, line.size, _CHUNK):
+        size = min(_CHUNK, line.size - start)
+        # Little-endian by name, so that a byte has the same place in its word on every machine.
+        draws = words.random_raw(-(-size // 8)).astype("<u8", copy=False).view(np.uint8)[:size]
+        moved = draws < first
+        open_ = np.flatnonzero(draws == first)
+        moved[open_] = words.random_raw(len(open_)) >> np.uint64(8) < rest
+        pieces.append(np.flatnonzero(moved) + (line.start + start))
+    return pieces
+
+
+def _draw_permutations(words: Philox, num_members: int, count: int) -> np.ndarray:
+    """Draws a permutation other than the identity for each of `count` coordinates, as `Plan._permutations` holds it."""
+    if num_members <= _TABLE_MEMBERS:
+        others = math.factorial(num_members) - 1
+        if others <= 1:
+            return np.ones(count, dtype=np.uint8)
+        drawn = _draw_below(words, others, count) + np.uint64(1)
+        return drawn.astype(np.uint8 if others < 256 else np.uint16)
+    dtype = np.uint8 if num_members <= 256 else np.uint16
+    permutations = np.empty((num_members, count), dtype=dtype)
+    identity = np.arange(num_members, dtype=dtype)[:, None]
+    missing = np.arange(count)
+    while len(missing):
+        permutations[:, missing] = drawn = _shuffle_columns(words, num_members, len(missing), dtype)
+        missing = missing[(drawn == identity).all(axis=0)]
+    return permutations
+
+
+def _draw_below(words: Philox, bound: int, count: int) -> np.ndarray:
+    """Draws integers uniform over [0, bound), as uint64 of shape `(count,)`."""
+    # Words from the last, incomplete multiple of the bound on would favour small remainders.
+    last = 2**64 // bound * bound - 1
+    drawn = words.random_raw(count)
+    while len(bad := np.flatnonzero(drawn > last)):
+        drawn[bad] = words.random_raw(len(bad))
+    return drawn % np.uint64(bound)
+
+
+def _shuffle_columns(words: Philox, num_members: int, count: int, dtype: type) -> np.ndarray:
+    """Draws permutations uniform over S_N by Fisher and Yates, of shape `(num_members, count)`."""
+    permutations = np.repeat(np.arange(num_members, dtype=dtype)[:, None], count, axis=1)
+    columns = np.arange(count)
+    place = 0
+    while place < num_members - 1:
+        # As many of the choices as fit below 2^32 come out of one word.
+        choices, bound = [], 1
+        while place + len(choices) < num_members - 1 and bound * (num_members - place - len(choices)) < 2**32:
+            choices.append(num_members - place - len(choices))
+            bound *= choices[-1]
+        drawn = _draw_below(words, bound, count)
+        for choice in choices:
+            other = (drawn % np.uint64(choice)).astype(np.int64) + place
+            drawn //= np.uint64(choice)
+            kept = permutations[place].copy()
+            permutations[place] = permutations[other, columns]
+            permutations[other, columns] = kept
+            place += 1
+    return permutations

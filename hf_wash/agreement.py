@@ -27,14 +27,15 @@ def check_same_architecture(population: Population) -> None:
     """
     architectures = population.gather([describe_architecture(member) for member in population.members])
     for index, other in enumerate(architectures[1:], start=1):
-        difference = _first_difference(architectures[0], other)
+        difference = first_difference(architectures[0], other)
         if difference is not None:
             raise ValueError(
                 f"All members must have one architecture, but member {index} differs from 0: {difference}."
             )
 
 
-def _first_difference(ours: list, theirs: list) -> str | None:
+def first_difference(ours: list, theirs: list) -> str | None:
+    """The first difference between two [`describe_architecture`], in words; `None` if there is none."""
     for (name, *mine), (other_name, *other) in zip(ours, theirs, strict=False):
         if name != other_name:
             return f"its tensor `{other_name}` stands where `{name}` was expected"

@@ -1,5 +1,6 @@
 """How far apart the members are: the consensus distance, exactly and estimated."""
 
+import itertools
 import math
 
 import torch
@@ -30,9 +31,7 @@ class ConsensusSample:
             else torch.randint(self.total, (size,), generator=generator).sort().values
         )
         bounds = torch.tensor([0, *numels]).cumsum(0)
-        self._indices = [
-            chosen[(chosen >= low) & (chosen < high)] - low for low, high in zip(bounds, bounds[1:], strict=False)
-        ]
+        self._indices = [chosen[(chosen >= low) & (chosen < high)] - low for low, high in itertools.pairwise(bounds)]
         self.size = len(chosen)
 
     def values(self, model: nn.Module) -> torch.Tensor:

@@ -11,25 +11,44 @@ import contextlib
 import copy
 import math
 import os
+import shutil
+import signal
+import threading
+import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.modeling_utils import unwrap_model
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.trainer_utils import EvalLoopOutput, enable_full_determinism, has_length
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    SaveStrategy,
+    enable_full_determinism,
+    has_length,
+    rotate_checkpoints,
+)
 from transformers.utils import logging
 
-from . import evaluation
-from .agreement import check_agreement, check_same_architecture, describe_architecture, weights_digest
+from . import __version__, checkpoint, evaluation
+from .agreement import (
+    check_agreement,
+    check_same_architecture,
+    describe_architecture,
+    first_difference,
+    weights_digest,
+)
 from .config import ENOUGH_SHUFFLES, WashConfig
 from .data import MemberBatches, MemberLoader, OneProcessLoaders, deal_batches, has_labels, shard_for_member
 from .diagnostics import ConsensusSample, squared_distance
 from .hub import export_model
 from .members import MemberOverrides
-from .mixing import MixStats, WashMixer
+from .mixing import WashMixer
 from .population import Population, copy_member, share_frozen
 from .soup import has_batch_norm, recalibrate_batch_norm, uniform_soup
 
@@ -58,6 +77,47 @@ class _MixAfterOptimizerStep(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self._trainer._mix(state.global_step + 1)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.enable_jit_checkpoint:
+            self._trainer._stop_signal = _StopSignal()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._trainer._stop_agreed:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._trainer._stop_signal is not None:
+            self._trainer._stop_signal.release()
+            self._trainer._stop_signal = None
+
+
+class _StopSignal:
+    """
+    SIGTERM as a request to stop at the next step. Trainer's own just-in-time checkpointing (5.23) saves wherever the
+    signal finds each process, at different steps; here the request travels with the exchange, and all processes save
+    at the step they agree on.
+    """
+
+    # As Trainer's: a SIGKILL that follows at once leaves no time for a checkpoint, so do not begin one.
+    WAIT_SECONDS = 3
+
+    def __init__(self):
+        self.requested = False
+        self._before = signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, number, frame) -> None:
+        logger.info(f"SIGTERM received: a checkpoint is written in {self.WAIT_SECONDS} s, and training stops.")
+        timer = threading.Timer(self.WAIT_SECONDS, self._request)
+        timer.daemon = True
+        timer.start()
+
+    def _request(self) -> None:
+        self.requested = True
+
+    def release(self) -> None:
+        """Give the signal back."""
+        signal.signal(signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL)
 
 
 class WashTrainer(Trainer):
@@ -145,11 +205,15 @@ class WashTrainer(Trainer):
         self._total_steps = 0
         self._evaluating = False
         self._member_logs: dict[str, float] | None = None
-        self._last_mix: MixStats | None = None
         self._last_rates: list[float] | None = None
+        self._stop_signal: _StopSignal | None = None
+        self._stop_agreed = False
+        self._resume: dict[str, Any] | None = None
         self.values_moved = 0
         self.bytes_exchanged = 0
 
+        # Trainer's own just-in-time checkpointing saves at different steps on different processes.
+        jit_checkpoint, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         super().__init__(
             model=model,
             args=args,
@@ -165,6 +229,7 @@ class WashTrainer(Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        args.enable_jit_checkpoint = jit_checkpoint
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             which = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
             raise ValueError(
@@ -406,13 +471,23 @@ class WashTrainer(Trainer):
         """
         Train the population. Afterwards `trainer.model` is the soup.
 
-        Takes what [`~transformers.Trainer.train`] takes.
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint's folder; `True` for the newest complete one in `output_dir`; `"auto"` for the newest
+                complete one if there is any, else a fresh start. It may have been written by another number of
+                processes. Training continues bit for bit.
+            trial, ignore_keys_for_eval (*optional*): As in [`~transformers.Trainer.train`].
+
+        Raises:
+            ValueError: for data that cannot be trained on, and for a checkpoint that is damaged or belongs to another
+                population.
         """
-        if resume_from_checkpoint:
-            raise ValueError("Resuming a population is not supported yet.")
         self._check_data()
+        resume_from_checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
+        self._check_output_folder()
         self._trainings += 1
         self._is_soup = False
+        self._stop_agreed = False
         self._set_model(self.population.members[0])
         try:
             return super().train(
@@ -466,7 +541,7 @@ class WashTrainer(Trainer):
         facts["architecture"] = describe_architecture(self.population.members[0])
         facts["overrides"] = [overrides.describe() for overrides in self._overrides]
         facts["torch"] = torch.__version__
-        if self.args.same_init and self._trainings == 1:
+        if self.args.same_init and self._trainings == 1 and self._resume is None:
             facts["initial weights"] = weights_digest(self.population.members[0])
         return facts
 
@@ -532,6 +607,7 @@ class WashTrainer(Trainer):
         self._losses = torch.zeros(count, device=self.args.device)
         self._grad_norms: list[torch.Tensor] = []
         self._moved_since_log = [0, 0, 0]
+        self._last_rates = None
         self.mixer = None
         if self.population.size > 1:
             self.mixer = WashMixer(
@@ -545,6 +621,9 @@ class WashTrainer(Trainer):
         return result
 
     def _run_epoch(self, *args, **kwargs):
+        if self._resume is not None:
+            self._continue_from(self._resume, kwargs["epoch"], kwargs["steps_trained_in_current_epoch"])
+            self._resume = None
         self._batches.set_epoch(kwargs["epoch"])
         return super()._run_epoch(*args, **kwargs)
 
@@ -634,15 +713,17 @@ class WashTrainer(Trainer):
         return torch.stack(self._grad_norms).mean()
 
     def _mix(self, step: int) -> None:
+        stop = self._stop_signal is not None and self._stop_signal.requested
         if self.mixer is None:
+            self._stop_agreed = self._stop_agreed or stop
             return
-        stats = self.mixer.mix(step, shuffle=self.args.shuffles(step, self._total_steps))
+        stats = self.mixer.mix(step, shuffle=self.args.shuffles(step, self._total_steps), stop_requested=stop)
         self.values_moved += stats.population_values_moved
         self.bytes_exchanged += stats.population_bytes_exchanged
         self._moved_since_log[0] += 1
         self._moved_since_log[1] += stats.population_values_moved
         self._moved_since_log[2] += stats.population_bytes_exchanged
-        self._last_mix = stats
+        self._stop_agreed = self._stop_agreed or stats.stop_requested
 
     def floating_point_ops(self, inputs) -> int:
         """Floating-point operations of the members' forward and backward passes, as Trainer counts them."""
@@ -1011,6 +1092,312 @@ class WashTrainer(Trainer):
             for index, member in self.population:
                 self._export(member, os.path.join(folder, f"member_{index}"))
         self.population.gather_processes(None)
+
+    # ---- Checkpoints ---------------------------------------------------------------------------------------------
+
+    def _together(self, what: str, work: Callable[[], Any], clean_up: Callable[[], None] = lambda: None) -> list:
+        """*Collective.* `work()` of every process; where it fails on one, all stop with that process's reason."""
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as caught:  # whatever it was, the others must hear of it instead of waiting
+            error = caught
+        outcomes = self.population.gather_processes((result, f"{type(error).__name__}: {error}" if error else None))
+        failures = [f"process {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
+        if failures:
+            clean_up()
+            raise RuntimeError(f"{what} failed ({'; '.join(failures)}).") from error
+        return [value for value, _ in outcomes]
+
+    def _node(self) -> int:
+        """The machine whose folder this process writes to; one for all without `save_on_each_node`."""
+        if not self.args.save_on_each_node:
+            return 0
+        return self.args.process_index // int(os.environ.get("LOCAL_WORLD_SIZE", self.args.world_size))
+
+    def _check_output_folder(self) -> None:
+        """*Collective.* Find out before training, not at the first save, whether all processes see the folder."""
+        if self.population.world_size == 1 or self.args.save_strategy == SaveStrategy.NO:
+            return
+        probe = f"_visible-{uuid.uuid4().hex}" if self.args.should_save else None
+        probes = self.population.gather_processes((self._node(), probe))
+        name = next(name for node, name in probes if node == self._node() and name is not None)
+        path = Path(self.args.output_dir) / name
+
+        def write():
+            if probe is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+
+        self._together(f"Writing to `{self.args.output_dir}`", write)
+        blind = [rank for rank, seen in enumerate(self.population.gather_processes(path.exists())) if not seen]
+        if probe is not None:
+            path.unlink(missing_ok=True)
+        if blind:
+            raise ValueError(
+                f"`output_dir` ({self.args.output_dir}) of process 0 is not visible to process(es) "
+                f"{', '.join(map(str, blind))}, so a checkpoint could not be put together. Use a shared folder, or "
+                "`save_on_each_node=True` to keep each machine's members on that machine."
+            )
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """*Collective.* A whole population checkpoint, or none."""
+        self.store_flos()
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        best = self.state.best_global_step
+        if best and self.args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH, SaveStrategy.BEST):
+            best_folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{best}")
+            exists = self.population.broadcast(os.path.exists(best_folder))
+            if best == self.state.global_step or exists:
+                self.state.best_model_checkpoint = best_folder
+        with self._as_soup():
+            self._write_checkpoint(folder)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        args, staging = self.args, checkpoint.staging_folder(folder)
+        what = f"Writing `{folder}`"
+
+        def clean_up() -> None:
+            if args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+
+        def begin() -> None:
+            if args.should_save:
+                clean_up()
+                staging.mkdir(parents=True)
+
+        def write() -> tuple[int, list[int], dict]:
+            records = {}
+            if args.should_save:
+                self._save(str(staging))
+                self._state_with_callbacks().save_to_json(str(staging / "trainer_state.json"))
+                shared = self._shared_frozen(self.population.members[0])
+                if shared:
+                    checkpoint.save_file(shared, staging / checkpoint.FROZEN, metadata={"format": "pt"})
+                own = [
+                    path for path in staging.rglob("*") if path.is_file() and not self._in_member_folder(path, staging)
+                ]
+                records |= checkpoint.file_records(staging, own)
+            for slot, (index, member) in enumerate(self.population):
+                weights = checkpoint.own_tensors(member, self._shared_frozen(member))
+                training = streams = None
+                if not args.save_only_model:
+                    training, streams = self._training_state(slot, index, member)
+                files = checkpoint.write_member(staging / f"member_{index}", weights, training, streams)
+                records |= checkpoint.file_records(staging, files)
+            return self._node(), list(self.population.indices), records
+
+        self._together(what, begin, clean_up)
+        written = self._together(what, write, clean_up)
+        here = [(members, records) for node, members, records in written if node == self._node()]
+
+        def publish() -> None:
+            if args.should_save:
+                manifest = self._manifest()
+                manifest["members"] = sorted(index for members, _ in here for index in members)
+                manifest["files"] = {name: record for _, records in here for name, record in sorted(records.items())}
+                checkpoint.publish(staging, folder, manifest)
+
+        self._together(what, publish, clean_up)
+
+    @staticmethod
+    def _in_member_folder(path: Path, staging: Path) -> bool:
+        return path.relative_to(staging).parts[0].startswith("member_")
+
+    def _shared_frozen(self, member: nn.Module) -> dict[str, torch.Tensor]:
+        """What all members share, written once: the frozen parameters, where all members started alike."""
+        if not self.args.same_init:
+            return {}
+        return {name: p.detach().contiguous().cpu() for name, p in member.named_parameters() if not p.requires_grad}
+
+    def _state_with_callbacks(self):
+        # As Trainer's `_save_checkpoint` does.
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                name, state = type(callback).__name__, callback.state()
+                if isinstance(self.state.stateful_callbacks.get(name), list):
+                    self.state.stateful_callbacks[name].append(state)
+                else:
+                    self.state.stateful_callbacks[name] = state
+        return self.state
+
+    def _training_state(self, slot: int, index: int, member: nn.Module) -> tuple[dict, Any]:
+        training = checkpoint.cut_out(self.optimizer, self.lr_scheduler, member, index)
+        training["loss"] = self._losses[slot].item()
+        if self.accelerator.scaler is not None:
+            training["scaler"] = self.accelerator.scaler.state_dict()
+        streams = {"streams": self.population.streams.state(index), "loader": self._batches.loaders[slot].state()}
+        return training, checkpoint.encode_streams(streams)
+
+    def _manifest(self) -> dict[str, Any]:
+        args = self.args
+        names = ("mixing", "shuffle_probability", "shuffle_schedule", "shuffle_optimizer_state", "shuffle_interval")
+        names += ("shuffle_start", "shuffle_stop", "same_init", "member_data", "data_seed", "soup")
+        return {
+            "hf_wash_version": __version__,
+            "step": self.state.global_step,
+            "total_steps": self._total_steps,
+            "epoch": self._batches.epoch,
+            "position": self._batches.position,
+            "population_size": self.population.size,
+            "seed": args.seed,
+            "options": {name: getattr(args, name) for name in names},
+            "overrides": [overrides.describe() for overrides in self._overrides],
+            "values_moved": self.values_moved,
+            "bytes_exchanged": self.bytes_exchanged,
+            "log_window": {"since": self._globalstep_last_logged, "moved": self._moved_since_log},
+            "architecture": describe_architecture(self.population.members[0]),
+        }
+
+    def _resolve_checkpoint(self, requested) -> str | None:
+        """*Collective.* The folder to resume from, checked, the same on every process; `None` for a fresh start."""
+        self._resume = None
+        if not requested:
+            return None
+        search = requested is True or requested == "auto"
+
+        def look() -> tuple[str | None, list[str]]:
+            if not self.args.should_save:
+                return None, []
+            if not search:
+                checkpoint.verify(requested)
+                return Path(requested).name, []
+            found, skipped = checkpoint.newest_complete(self.args.output_dir)
+            return found.name if found else None, [reason for _, reason in skipped]
+
+        outcomes = self._checked(look)
+        name, skipped = outcomes[0]
+        if any(other not in (None, name) for other, _ in outcomes):
+            raise ValueError(
+                f"The machines hold different newest checkpoints ({', '.join(str(other) for other, _ in outcomes)}): "
+                "remove what is not on all of them."
+            )
+        for reason in skipped:
+            logger.warning(f"A checkpoint is skipped: {reason}.")
+        if name is None:
+            if requested == "auto":
+                logger.info(f"No complete checkpoint in `{self.args.output_dir}`: starting afresh.")
+                return None
+            raise ValueError(f"No complete checkpoint was found in `{self.args.output_dir}`.")
+        folder = os.path.join(self.args.output_dir, name) if search else str(requested)
+        manifest = self._checked(lambda: checkpoint.read_manifest(folder))[self.population.rank]
+        self._adopt(manifest, folder)
+        logger.info(f"Resuming from `{folder}`.")
+        self._resume = {"folder": folder, "manifest": manifest, "streams": []}
+        return folder
+
+    def _checked(self, work: Callable[[], Any]) -> list:
+        """*Collective.* Like [`_together`], for what the user got wrong: a `ValueError`, the same on every process."""
+        result, problem = None, None
+        try:
+            result = work()
+        except (checkpoint.InvalidCheckpoint, OSError) as error:
+            problem = str(error)
+        outcomes = self.population.gather_processes((result, problem))
+        problem = next((text for _, text in outcomes if text is not None), None)
+        if problem is not None:
+            raise ValueError(f"Cannot resume: {problem}.")
+        return [value for value, _ in outcomes]
+
+    def _adopt(self, manifest: dict[str, Any], folder: str) -> None:
+        """Check that a checkpoint belongs to this run; take over its population size where none was asked for."""
+        size = manifest["population_size"]
+        if size != self.population.size:
+            if self.args.population_size is not None or self._trainings:
+                raise ValueError(
+                    f"Cannot resume: `{folder}` holds a population of {size}, this run's is {self.population.size}."
+                )
+            if len(self._overrides) != size and any(any(o.describe().values()) for o in self._overrides):
+                raise ValueError(f"`members` lists {len(self._overrides)} members, but `{folder}` holds {size}.")
+            self._overrides = [MemberOverrides() for _ in range(size)]
+            self._smoothers = [self.label_smoother] * size
+            start = self.population.members[0]
+            self.population = Population(size, self.args.device, self.args.process_index, self.args.world_size)
+            if self.model_init is None:
+                first = self.population.indices[0]
+                self._populate(lambda index: start if index == first else copy_member(start))
+                self._place_members()
+        own = describe_architecture(self.population.members[0])
+        difference = first_difference([tuple(entry) for entry in own], _as_architecture(manifest["architecture"]))
+        if difference is not None:
+            raise ValueError(f"Cannot resume: `{folder}` holds another architecture, {difference}.")
+        if manifest["seed"] != self.args.seed:
+            raise ValueError(
+                f"Cannot resume: `{folder}` was shuffled with seed {manifest['seed']}, this run's is {self.args.seed}."
+            )
+        changed = [
+            f"{name} was {value!r} and is {getattr(self.args, name)!r}"
+            for name, value in manifest["options"].items()
+            if getattr(self.args, name) != value
+        ]
+        if changed:
+            logger.warning(f"Resuming with other options than `{folder}` was written with: {'; '.join(changed)}.")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        folder = Path(resume_from_checkpoint)
+        frozen = folder / checkpoint.FROZEN
+        for index, member in self.population:
+            checkpoint.read_weights(member, folder / f"member_{index}" / checkpoint.MEMBER_WEIGHTS)
+        if frozen.is_file():
+            for member in self.population.members:
+                checkpoint.read_weights(member, frozen)
+        self._soup_key = None
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is None:
+            return
+        parts = {}
+        for index in self.population.indices:
+            training, streams = checkpoint.read_training(Path(checkpoint_folder) / f"member_{index}")
+            parts[index] = training
+            self._resume["streams"].append(checkpoint.decode_streams(streams))
+        self._resume["parts"] = parts
+        checkpoint.put_together(self.optimizer, self.lr_scheduler, dict(self.population), parts)
+
+    def _load_scaler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is None or self.accelerator.scaler is None:
+            return
+        state = self._resume["parts"][self.population.indices[0]].get("scaler")
+        if state is not None:
+            self.accelerator.scaler.load_state_dict(state)
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        # The members' streams are restored where their batches are drawn.
+        return
+
+    def _continue_from(self, resume: dict[str, Any], epoch: int, placeholders: int) -> None:
+        manifest, parts = resume["manifest"], resume["parts"]
+        self._batches.resume_at(epoch, placeholders, manifest, resume["streams"])
+        self.values_moved, self.bytes_exchanged = manifest["values_moved"], manifest["bytes_exchanged"]
+        window = manifest["log_window"]
+        self._globalstep_last_logged, self._moved_since_log = window["since"], list(window["moved"])
+        self._losses = torch.tensor(
+            [parts[index]["loss"] for index in self.population.indices], device=self.args.device
+        )
+        # The next log line covers steps from before the interruption; the loss of this call's steps does not.
+        self._total_loss_scalar = -self._mean_loss()[1]
+
+    def _load_best_model(self) -> None:
+        """*Collective.* Members and soup of the best checkpoint."""
+        folder = self.state.best_model_checkpoint
+        logger.info(f"Loading the best population from {folder} (score: {self.state.best_metric}).")
+        self._load_from_checkpoint(folder)
+        self._serve_soup()
+
+
+def _as_architecture(listing: list) -> list[tuple]:
+    """An architecture that has been through JSON."""
+    return [(name, tuple(shape), dtype, trained) for name, shape, dtype, trained in listing]
 
 
 class _Progress:

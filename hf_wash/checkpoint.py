@@ -1,0 +1,350 @@
+"""
+Population checkpoints: written so that a folder named `checkpoint-<step>` is always whole, and read back on any number
+of processes.
+
+A checkpoint is staged under another name, its manifest (`population.json`, with the size and SHA-256 of every file) is
+written last, and a rename makes it appear. Nothing that is loaded can run code: weights are safetensors, optimizer
+states are read with torch's `weights_only`, random streams are JSON.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+MANIFEST = "population.json"
+FORMAT = 1
+MEMBER_WEIGHTS, OPTIMIZER, STREAMS, FROZEN = "model.safetensors", "optimizer.pt", "streams.json", "frozen.safetensors"
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+# Names that neither Trainer's rotation (`checkpoint-*`) nor an upload (which ignores `_*`) takes for a checkpoint.
+STAGING_PREFIX, REPLACED_PREFIX = "_incomplete-", "_replaced-"
+
+
+class InvalidCheckpoint(ValueError):
+    """A checkpoint that cannot be resumed from; the message says what is wrong with it."""
+
+
+# ---- Writing -------------------------------------------------------------------------------------------------------
+
+
+def staging_folder(folder: str | Path) -> Path:
+    """Where the checkpoint `folder` is written before it appears."""
+    folder = Path(folder)
+    return folder.with_name(STAGING_PREFIX + folder.name)
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """A file's size in bytes and SHA-256, after making sure that it is on the disk."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def file_records(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """[`file_record`] of each file, by its path inside `folder`."""
+    return {path.relative_to(folder).as_posix(): file_record(path) for path in sorted(files)}
+
+
+def publish(staging: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
+    """
+    Make a staged checkpoint appear: the manifest, then the folder under its name.
+
+    Args:
+        staging (`Path`): Where everything has been written.
+        folder (`Path`): The name it gets. A checkpoint of that name is replaced.
+        manifest (`Mapping`): What the checkpoint holds, `files` among it.
+    """
+    with open(staging / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, **manifest}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    replaced = folder.with_name(REPLACED_PREFIX + folder.name)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, replaced)
+    os.rename(staging, folder)
+    _sync_folder(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def own_tensors(model: nn.Module, shared: Iterable[str] = ()) -> dict[str, torch.Tensor]:
+    """
+    A member's tensors as they are written: parameters and persistent buffers by name, tied ones once.
+
+    Args:
+        model (`nn.Module`): The member.
+        shared (`Iterable[str]`, *optional*): Names to leave out.
+    """
+    names = set(model.state_dict())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    left_out = set(shared)
+    return {
+        name: tensor.detach().contiguous().cpu()
+        for name, tensor in tensors.items()
+        if name in names and name not in left_out
+    }
+
+
+def write_member(
+    folder: Path, weights: dict[str, torch.Tensor], training: Mapping[str, Any] | None, streams: Any = None
+) -> list[Path]:
+    """
+    Write one member's part of a checkpoint.
+
+    Args:
+        folder (`Path`): `member_<i>/` of the staged checkpoint.
+        weights (`dict[str, torch.Tensor]`): From [`own_tensors`].
+        training (`Mapping`, *optional*): Optimizer, scheduler and scaler states: tensors, numbers and containers.
+        streams (*optional*): Random states, from [`encode_streams`].
+
+    Returns:
+        `list[Path]`: The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / MEMBER_WEIGHTS]
+    save_file(weights, files[0], metadata={"format": "pt"})
+    if training is not None:
+        torch.save(dict(training), folder / OPTIMIZER)
+        (folder / STREAMS).write_text(json.dumps(streams), encoding="utf-8")
+        files += [folder / OPTIMIZER, folder / STREAMS]
+    return files
+
+
+# ---- Reading -------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """
+    A checkpoint's manifest.
+
+    Raises:
+        InvalidCheckpoint: if there is none, or it cannot be read.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise InvalidCheckpoint(f"`{folder}` has no {MANIFEST}: it is not a whole population checkpoint")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["files"], manifest["population_size"], manifest["step"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidCheckpoint(f"the manifest `{path}` cannot be read ({error})") from error
+    if manifest.get("format") != FORMAT:
+        raise InvalidCheckpoint(f"`{path}` has format {manifest.get('format')}, and this version reads {FORMAT}")
+    return manifest
+
+
+def verify(folder: str | Path) -> dict[str, Any]:
+    """
+    Check a checkpoint's files against its manifest, size and SHA-256.
+
+    Returns:
+        `dict`: The manifest.
+
+    Raises:
+        InvalidCheckpoint: naming the first file that is missing or differs.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for name, record in manifest["files"].items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise InvalidCheckpoint(f"the manifest of `{folder}` names a file outside of it, `{name}`")
+        if not path.is_file():
+            raise InvalidCheckpoint(f"`{path}` is missing")
+        if path.stat().st_size != record["size"]:
+            raise InvalidCheckpoint(f"`{path}` has {path.stat().st_size} bytes instead of {record['size']}")
+    for name, record in manifest["files"].items():
+        if file_record(folder / name)["sha256"] != record["sha256"]:
+            raise InvalidCheckpoint(f"`{folder / name}` is not what was written (its SHA-256 differs)")
+    return manifest
+
+
+def newest_complete(run_folder: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """
+    The newest checkpoint of a run that is whole.
+
+    Args:
+        run_folder (`str` or `Path`): The run's output folder.
+
+    Returns:
+        `tuple`: The checkpoint, `None` if there is none, and the newer ones that were skipped, each with the reason.
+    """
+    run_folder = Path(run_folder)
+    skipped = []
+    found = [(int(match[1]), path) for path in _folders(run_folder) if (match := _CHECKPOINT.match(path.name))]
+    for _, path in sorted(found, reverse=True):
+        try:
+            verify(path)
+            return path, skipped
+        except InvalidCheckpoint as error:
+            skipped.append((path, str(error)))
+    return None, skipped
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
+def read_weights(member: nn.Module, path: Path) -> None:
+    """
+    Load what [`own_tensors`] gave into a member, in place.
+
+    Raises:
+        InvalidCheckpoint: for a tensor that the member has not, or has in another shape.
+    """
+    own = {**dict(member.named_parameters()), **dict(member.named_buffers())}
+    with torch.no_grad():
+        for name, value in load_file(path).items():
+            if name not in own:
+                raise InvalidCheckpoint(f"`{path}` holds `{name}`, which the model has not")
+            if own[name].shape != value.shape:
+                raise InvalidCheckpoint(
+                    f"`{path}` holds `{name}` of shape {tuple(value.shape)}, the model's is {tuple(own[name].shape)}"
+                )
+            own[name].copy_(value)
+
+
+def read_training(folder: Path) -> tuple[dict[str, Any], Any]:
+    """
+    A member's optimizer, scheduler and scaler states, and its encoded streams.
+
+    Raises:
+        InvalidCheckpoint: if the checkpoint was written with `save_only_model`.
+    """
+    if not (folder / OPTIMIZER).is_file():
+        raise InvalidCheckpoint(f"`{folder}` has weights only (`save_only_model`), so training cannot go on from it")
+    training = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    return training, json.loads((folder / STREAMS).read_text(encoding="utf-8"))
+
+
+# ---- States of a member among others' ------------------------------------------------------------------------------
+
+
+def cut_out(optimizer, scheduler, member: nn.Module, index: int) -> dict[str, Any]:
+    """
+    One member's part of the process's optimizer and scheduler.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): Of all local members; its groups carry `member`.
+        scheduler: The learning-rate scheduler.
+        member (`nn.Module`): The member.
+        index (`int`): Its index in the population.
+
+    Returns:
+        `dict`: `groups` (their options, with the names of their parameters), `state` (by parameter name) and
+        `scheduler` (lists of one entry for each group cut to the member's groups).
+    """
+    names = {parameter: name for name, parameter in member.named_parameters()}
+    own = [position for position, group in enumerate(optimizer.param_groups) if group["member"] == index]
+    groups, state = [], {}
+    for position in own:
+        group = optimizer.param_groups[position]
+        groups.append(
+            {**{k: v for k, v in group.items() if k != "params"}, "names": [names[p] for p in group["params"]]}
+        )
+        state |= {names[p]: dict(optimizer.state[p]) for p in group["params"] if p in optimizer.state}
+    count = len(optimizer.param_groups)
+    schedule = {
+        name: [value[position] for position in own] if _one_for_each_group(value, count) else value
+        for name, value in scheduler.state_dict().items()
+    }
+    return {"groups": groups, "state": state, "scheduler": schedule}
+
+
+def _one_for_each_group(value: Any, count: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == count
+
+
+def put_together(optimizer, scheduler, members: Mapping[int, nn.Module], parts: Mapping[int, dict[str, Any]]) -> None:
+    """
+    The reverse of [`cut_out`], for any set of local members.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): With groups for exactly these members.
+        scheduler: The learning-rate scheduler.
+        members (`Mapping[int, nn.Module]`): The local members by index.
+        parts (`Mapping[int, dict]`): What was cut out of each.
+
+    Raises:
+        InvalidCheckpoint: if a member's parameter groups are not those that were saved.
+    """
+    packed = optimizer.state_dict()
+    packed["state"] = {}
+    remaining = {index: iter(part["groups"]) for index, part in parts.items()}
+    names = {p: (index, name) for index, member in members.items() for name, p in member.named_parameters()}
+    for group, packed_group in zip(optimizer.param_groups, packed["param_groups"], strict=True):
+        index = group["member"]
+        saved = next(remaining[index], None)
+        own_names = [names[p][1] for p in group["params"]]
+        if saved is None or saved["names"] != own_names:
+            raise InvalidCheckpoint(f"the optimizer of member {index} groups its parameters in another way")
+        packed_group.update({name: value for name, value in saved.items() if name != "names"})
+        for name, number in zip(own_names, packed_group["params"], strict=True):
+            if name in parts[index]["state"]:
+                packed["state"][number] = parts[index]["state"][name]
+    optimizer.load_state_dict(packed)
+
+    order = [group["member"] for group in optimizer.param_groups]
+    first = parts[order[0]]["scheduler"]
+    merged = {}
+    for name, value in first.items():
+        if _one_for_each_group(value, len(parts[order[0]]["groups"])):
+            entries = {index: iter(part["scheduler"][name]) for index, part in parts.items()}
+            merged[name] = [next(entries[index]) for index in order]
+        else:
+            merged[name] = value
+    scheduler.load_state_dict(merged)
+
+
+# ---- Random streams ------------------------------------------------------------------------------------------------
+
+
+def encode_streams(value: Any) -> Any:
+    """Random states as JSON: tensors and arrays become base64 of their bytes with shape and dtype."""
+    if isinstance(value, torch.Tensor):
+        return {"tensor": base64.b64encode(value.cpu().numpy().tobytes()).decode(), "shape": list(value.shape)}
+    if isinstance(value, np.ndarray):
+        encoded = base64.b64encode(value.tobytes()).decode()
+        return {"array": encoded, "dtype": str(value.dtype), "shape": list(value.shape)}
+    if isinstance(value, dict):
+        return {"dict": {key: encode_streams(item) for key, item in value.items()}}
+    if isinstance(value, tuple):
+        return {"tuple": [encode_streams(item) for item in value]}
+    return value
+
+
+def decode_streams(value: Any) -> Any:
+    """The reverse of [`encode_streams`]."""
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        raw = np.frombuffer(base64.b64decode(value["tensor"]), dtype=np.uint8)
+        return torch.from_numpy(raw.copy()).reshape(value["shape"])
+    if "array" in value:
+        raw = np.frombuffer(base64.b64decode(value["array"]), dtype=value["dtype"])
+        return raw.reshape(value["shape"]).copy()
+    if "tuple" in value:
+        return tuple(decode_streams(item) for item in value["tuple"])
+    return {key: decode_streams(item) for key, item in value["dict"].items()}

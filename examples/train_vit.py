@@ -19,7 +19,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import datasets
@@ -177,9 +176,15 @@ class TrainVitConfig(WashConfig):
         self.fits_probability = self.shuffle_probability is None
         if self.fits_probability:
             self.shuffle_probability = LARGEST_PROBABILITY
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            # Else each of several processes on a machine without a GPU takes itself for the only one (accelerate 1.15).
+            self.use_cpu = True
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns would remove the images before they are opened; leave it off.")
+        if self.device.type == "cpu":
+            # Pinning is for copies to an accelerator; without one torch warns at every loader.
+            self.dataloader_pin_memory = False
 
     def fit_probability(self, num_samples: int) -> None:
         """Set the default of `shuffle_probability` to what suits a run over `num_samples` training samples."""
@@ -391,7 +396,6 @@ class Recipe:
 def label_maps(names: list[str]) -> dict[str, Any]:
     """What a configuration says about classes."""
     return {
-        "num_labels": len(names),
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
         # Else the first forward pass would write it into the configuration.
@@ -401,17 +405,19 @@ def label_maps(names: list[str]) -> dict[str, Any]:
 
 def pretrained_recipe(name_or_path: str, label_names: list[str], hub: dict[str, Any]) -> Recipe:
     """A pretrained classifier with a head for these labels."""
-    labels = label_maps(label_names)
     try:
-        config = AutoConfig.from_pretrained(name_or_path, **labels, **hub)
+        config = AutoConfig.from_pretrained(name_or_path, **hub)
         processor = AutoImageProcessor.from_pretrained(name_or_path, **hub)
-        model_init = partial(
-            AutoModelForImageClassification.from_pretrained,
-            name_or_path,
-            config=config,
-            ignore_mismatched_sizes=True,
-            **hub,
-        )
+        # Set, not passed: from_pretrained (transformers 5.23) compares a passed number with the classes of old.
+        config.update(label_maps(label_names))
+        if isinstance(config, TimmWrapperConfig):
+            config.label_names = label_names
+
+        def model_init() -> PreTrainedModel:
+            return AutoModelForImageClassification.from_pretrained(
+                name_or_path, config=config, ignore_mismatched_sizes=True, **hub
+            )
+
         model_init()
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines() or [""]
@@ -478,7 +484,7 @@ def small_vit_recipe(label_names: list[str], image_size: int) -> Recipe:
         **label_maps(label_names),
     )
     processor = ViTImageProcessor(size={"height": image_size, "width": image_size})
-    return Recipe(partial(ViTForImageClassification, config), processor)
+    return Recipe(lambda: ViTForImageClassification(config), processor)
 
 
 def choose_recipe(arguments: ModelArguments, data: ImageData, hub: dict[str, Any] | None = None) -> Recipe:

@@ -1,0 +1,169 @@
+"""`examples/train_vit.py` from the command to what loads its soup: in one process, in two, with a timm model."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+
+A_FEW_STEPS = (
+    *("--population_size", "2", "--max_steps", "4", "--per_device_train_batch_size", "16"),
+    *("--max_train_samples", "128", "--max_eval_samples", "40", "--use_cpu"),
+)
+METRICS = ("accuracy", "loss", "ece", "top5_accuracy")
+ROWS = ("member 0", "member 1", "members' mean", "ensemble", "soup")
+
+
+@pytest.fixture(scope="module")
+def run_here(train_vit, tmp_path_factory):
+    """Runs the script in this process; returns its output folder and what it printed."""
+
+    def run(*flags):
+        folder = tmp_path_factory.mktemp("run")
+        printed = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["train_vit.py", "--output_dir", str(folder), *A_FEW_STEPS, *flags])
+            patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
+            train_vit.main()
+        return folder, "\n".join(printed)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def digits_run(run_here):
+    return run_here()
+
+
+@pytest.fixture(scope="module")
+def timm_run(run_here):
+    return run_here("--timm_architecture", "test_resnet")
+
+
+def test_the_folder_holds_what_the_contract_says(digits_run):
+    folder, _ = digits_run
+    for name in (
+        *("model.safetensors", "config.json", "preprocessor_config.json", "README.md"),
+        *("all_results.json", "trainer_state.json"),
+        *(
+            "_members/member_0/model.safetensors",
+            "_members/member_1/model.safetensors",
+            "_members/member_1/config.json",
+        ),
+    ):
+        assert (folder / name).is_file(), name
+    results = json.loads((folder / "all_results.json").read_text())
+    for metric in METRICS:
+        for key in ("", "ensemble_", "member_0_", "member_1_"):
+            assert f"eval_{key}{metric}" in results
+        for suffix in ("mean", "min", "max"):
+            assert f"eval_members_{metric}_{suffix}" in results
+
+
+def test_a_person_reads_the_table_and_the_two_lines_that_load_the_soup(digits_run):
+    folder, printed = digits_run
+    rows = [line[:14].strip() for line in printed.splitlines()]
+    assert [row for row in rows if row in ROWS] == list(ROWS)
+    assert f"The soup is saved in {folder}" in printed
+    lines = [line.strip() for line in printed.splitlines() if "pipeline" in line]
+    scope: dict = {}
+    exec(lines[0] + "\nclassify = " + lines[1].removesuffix('("your_image.png")'), scope)
+    assert scope["classify"].task == "image-classification"
+
+
+def test_trainable_parameters_of_the_soup_are_the_members_mean(digits_run):
+    folder, _ = digits_run
+    soup = load_file(folder / "model.safetensors")
+    members = [load_file(folder / "_members" / f"member_{index}" / "model.safetensors") for index in range(2)]
+    for name, value in soup.items():
+        torch.testing.assert_close(value, (members[0][name] + members[1][name]) / 2, rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(members[0][name], members[1][name]) for name in soup)
+
+
+def test_what_loads_the_soup_scores_what_was_reported(digits_run, train_vit):
+    folder, _ = digits_run
+    data = train_vit.load_data(train_vit.DataArguments(max_train_samples=128, max_eval_samples=40))
+    images, labels = data.eval["image"][:], np.array(data.eval["label"][:])
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    rgb = [image.convert("RGB") for image in images]
+    with torch.no_grad():
+        logits = model(**processor(images=rgb, return_tensors="pt")).logits
+    results = json.loads((folder / "all_results.json").read_text())
+    assert (logits.argmax(1).numpy() == labels).mean() == pytest.approx(results["eval_accuracy"])
+    loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).item()
+    assert loss == pytest.approx(results["eval_loss"], abs=1e-4)
+    answers = pipeline("image-classification", model=str(folder), top_k=1)(images)
+    assert [int(answer[0]["label"]) for answer in answers] == logits.argmax(1).tolist()
+
+
+@pytest.mark.distributed
+def test_two_processes_give_the_soup_of_one(digits_run, launch, train_vit_script, tmp_path):
+    here, _ = digits_run
+    completed = launch(train_vit_script, "--output_dir", tmp_path / "run", *A_FEW_STEPS, timeout=180)
+    assert completed.stdout.count("members' mean") == 1
+    assert (tmp_path / "run/model.safetensors").read_bytes() == (here / "model.safetensors").read_bytes()
+    for metric in METRICS:
+        key = f"eval_ensemble_{metric}"
+        there, ours = (
+            json.loads((folder / "all_results.json").read_text())[key] for folder in (tmp_path / "run", here)
+        )
+        assert there == ours
+
+
+@pytest.mark.distributed
+def test_processes_without_a_gpu_find_each_other_without_a_flag(launch, train_vit_script, tmp_path):
+    flags = [flag for flag in A_FEW_STEPS if flag not in ("--use_cpu", "--population_size", "2")]
+    completed = launch(train_vit_script, "--output_dir", tmp_path / "run", *flags, timeout=180)
+    rows = [line[:14].strip() for line in completed.stdout.splitlines()]
+    assert [row for row in rows if row in ROWS] == list(ROWS)
+
+
+@pytest.mark.distributed
+def test_a_users_mistake_ends_all_processes(launch, train_vit_script, tmp_path):
+    completed = launch(
+        train_vit_script, "--output_dir", tmp_path / "run", *A_FEW_STEPS, "--population_size", "3", check=False
+    )
+    assert completed.returncode != 0
+    assert "train_vit.py: error: " in completed.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_independent_members_start_apart(run_here, train_vit):
+    folder, printed = run_here("--mixing", "independent", "--same_init", "False")
+    assert "mixing: independent" in printed
+    members = [load_file(folder / "_members" / f"member_{index}" / "model.safetensors") for index in range(2)]
+    key = "vit.embeddings.cls_token"
+    key = key if key in members[0] else next(name for name in members[0] if name.endswith("weight"))
+    assert (members[0][key] - members[1][key]).abs().max() > 0.01
+
+
+def test_a_timm_soup_loads_in_timm_and_in_transformers_alike(timm_run):
+    folder, _ = timm_run
+    assert not (folder / "preprocessor_config.json").exists()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        in_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(images)
+        in_transformers = AutoModelForImageClassification.from_pretrained(folder).eval()(images).logits
+    assert in_timm.shape == (2, 10)
+    torch.testing.assert_close(in_timm, in_transformers)
+
+
+@pytest.mark.parametrize("pretrained", ["digits_run", "timm_run"])
+def test_an_image_folder_and_a_pretrained_model_make_a_soup(run_here, pretrained, request, tmp_path):
+    from PIL import Image
+
+    for colour in ("red", "blue"):
+        (tmp_path / "photos" / colour).mkdir(parents=True)
+        for index in range(20):
+            Image.new("RGB", (20, 30), colour).save(tmp_path / "photos" / colour / f"{index}.png")
+    folder, printed = run_here(
+        "--data_dir", str(tmp_path / "photos"), "--model_name_or_path", str(request.getfixturevalue(pretrained)[0])
+    )
+    assert "held-out images of photos" in printed
+    assert AutoModelForImageClassification.from_pretrained(folder).config.id2label == {0: "blue", 1: "red"}

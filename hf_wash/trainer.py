@@ -549,6 +549,8 @@ class WashTrainer(Trainer):
         args, steps = self.args, self._total_steps
         if args.mixing != "wash" or self.population.size == 1 or not args.shuffle_probability:
             return
+        if not self.is_world_process_zero():
+            return
         expected = args.expected_shuffles(steps)
         if expected < ENOUGH_SHUFFLES:
             mixing_steps = expected / args.shuffle_probability
@@ -1282,7 +1284,7 @@ class WashTrainer(Trainer):
                 f"The machines hold different newest checkpoints ({', '.join(str(other) for other, _ in outcomes)}): "
                 "remove what is not on all of them."
             )
-        for reason in skipped:
+        for reason in skipped if self.is_world_process_zero() else ():
             logger.warning(f"A checkpoint is skipped: {reason}.")
         if name is None:
             if requested == "auto":

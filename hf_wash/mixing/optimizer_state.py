@@ -7,6 +7,7 @@ the parameter's shape: SGD's momentum, both moments of Adam. Counters stay where
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +21,12 @@ class _RefusedError(Exception):
     pass
 
 
-def optimizer_name(optimizer: object) -> str:
+def optimizer_name(optimizer: Any) -> str:
     """The class name of an optimizer, of the one inside where it is wrapped as `accelerate.AcceleratedOptimizer` does."""
     return type(getattr(optimizer, "optimizer", optimizer)).__name__
 
 
-def slots(optimizer: object, name: str, parameter: torch.Tensor, state: dict, counters: set[str]) -> dict:
+def slots(optimizer: Any, name: str, parameter: torch.Tensor, state: dict, counters: set[str]) -> dict:
     """
     The tensors in a parameter's optimizer state that are moved with it.
 
@@ -73,7 +74,7 @@ def find_counters(states: Sequence[tuple[torch.Tensor, dict]]) -> set[str]:
     return counters
 
 
-def trial_refusal(optimizer: object) -> str | None:
+def trial_refusal(optimizer: Any) -> str | None:
     """
     Says at once what an optimizer's state would be refused for, by one step of another one on a parameter of its own.
 
@@ -115,7 +116,7 @@ class OptimizerStates:
         ValueError: when a parameter is in none of the optimizers or in several.
     """
 
-    def __init__(self, optimizers: Sequence[object], parameters: list[dict[str, nn.Parameter]], first_member: int):
+    def __init__(self, optimizers: Sequence[Any], parameters: list[dict[str, nn.Parameter]], first_member: int):
         self._optimizers = list(optimizers)
         self._names = list(parameters[0])
         self._parameters = [list(member.values()) for member in parameters]
@@ -163,9 +164,10 @@ class OptimizerStates:
                 known[number] = (state, len(state), found)
         return None
 
-    def tensor(self, slot: str, member: int, number: int) -> torch.Tensor | None:
-        """The tensor of a slot of a local member's parameter, or `None` while there is none."""
-        return self._known[member][number][2].get(slot)
+    def tensors(self, slot: str, local: int, numbers: Sequence[int]) -> list[torch.Tensor | None]:
+        """A slot's tensors of some of a local member's parameters, `None` where there is none."""
+        known = self._known[local]
+        return [known[number][2].get(slot) for number in numbers]
 
     def layout(self) -> Layout:
         """The slots that all local members have."""

@@ -282,9 +282,8 @@ class Planner:
         offsets = np.searchsorted(moved, self._tensor_starts)
         moved -= np.repeat(self._tensor_starts[:-1], np.diff(offsets))
         digest = hashlib.blake2b(self._salt + step.to_bytes(8, "little"), digest_size=8)
-        digest.update(offsets.astype("<i8", copy=False))
-        digest.update(moved.astype("<i8", copy=False))
-        digest.update(permutations.astype(permutations.dtype.newbyteorder("<"), copy=False))
+        for part in (offsets, moved, permutations):
+            digest.update(part.astype(part.dtype.newbyteorder("<"), copy=False).data)
         return Plan(step, self.num_members, moved, offsets.tolist(), digest.digest(), permutations)
 
     def _draw_sparse(self, words: Philox) -> np.ndarray:
@@ -378,12 +377,13 @@ def _draw_below(words: Philox, bound: int, count: int) -> np.ndarray:
 
 def _shuffle_columns(words: Philox, num_members: int, count: int, dtype: type) -> np.ndarray:
     """Draws permutations uniform over S_N by Fisher and Yates, of shape `(num_members, count)`."""
-    permutations = np.repeat(np.arange(num_members, dtype=dtype)[:, None], count, axis=1)
+    permutations: np.ndarray = np.repeat(np.arange(num_members, dtype=dtype)[:, None], count, axis=1)
     columns = np.arange(count)
     place = 0
     while place < num_members - 1:
         # As many of the choices as fit below 2^32 come out of one word.
-        choices, bound = [], 1
+        choices: list[int] = []
+        bound = 1
         while place + len(choices) < num_members - 1 and bound * (num_members - place - len(choices)) < 2**32:
             choices.append(num_members - place - len(choices))
             bound *= choices[-1]

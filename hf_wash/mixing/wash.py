@@ -5,9 +5,8 @@ What a caller uses is here: [`WashMixer`], the statistics it returns and the err
 the transport in `exchange.py`, the probabilities in `schedule.py`.
 """
 
-import hashlib
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,19 +15,20 @@ import torch.distributed as dist
 from torch import nn
 
 from .exchange import (
+    Cargo,
     DeviceTensors,
     HostTensors,
     Plane,
     Route,
+    Selection,
     Wire,
-    non_finite,
-    order,
     overlaps,
+    reorder,
     room_for_values,
     route,
 )
 from .optimizer_state import Layout, OptimizerStates, common_layout, optimizer_name, trial_refusal
-from .plan import PLAN_VERSION, Plan, Planner
+from .plan import PLAN_VERSION, Planner
 from .schedule import SCHEDULES, check_probability, layer_probabilities, plain_name, shuffled_layers
 
 
@@ -98,6 +98,8 @@ class MixStats:
 # Words of a header before the bits that say which members give something that is not finite.
 _DIGEST, _STEP, _FLAGS, _BAD = range(4)
 _STOP, _STATE_CHANGED = 1, 2
+# In the place of a plan's digest when nothing is to be moved.
+_NO_SHUFFLE = bytes(8)
 
 
 class WashMixer:
@@ -173,16 +175,18 @@ class WashMixer:
     ):
         members = [members] if isinstance(members, nn.Module) else list(members)
         if optimizers is None:
-            optimizers = []
-        elif not isinstance(optimizers, (list, tuple)):
-            optimizers = [optimizers]
+            optimizers = ()
+        elif not isinstance(optimizers, Sequence):
+            optimizers = (optimizers,)
         group, rank, num_processes = _processes(process_group)
         self._members = range(rank * len(members), (rank + 1) * len(members))
         self._num_members = num_processes * len(members)
         self._num_processes = num_processes
         self._shuffle_optimizer_state = bool(shuffle_optimizer_state)
         self._states: OptimizerStates | None = None
+        self._layout: Layout = ()
         self._announced: Layout = ()
+        self._refusal: str | None = None
 
         description: dict[str, object] = {}
         error = None
@@ -198,24 +202,25 @@ class WashMixer:
             raise ValueError(error)
 
         self._device = self._parameters[0][0].device
+        tensors_of = self._tensors_of
         if self._device.type == "cpu":
-            self._tensors: HostTensors | DeviceTensors = HostTensors(self._tensor)
+            self._tensors: HostTensors | DeviceTensors = HostTensors(tensors_of, len(members), self._device)
         else:
-            self._tensors = DeviceTensors(self._tensor, self._device)
+            self._tensors = DeviceTensors(tensors_of, len(members), self._device)
         sizes = [parameter.numel() for parameter in self._parameters[0]]
         self._expected = [p * size for p, size in zip(self._probabilities, sizes, strict=True)]
         self._planner = Planner(seed, sizes, self._probabilities, self._num_members)
-        self._weights = self._planes_of([[(None, parameter.dtype)] for parameter in self._parameters[0]])
+        self._weights = _planes([[(None, parameter.dtype)] for parameter in self._parameters[0]])
         self._header_words = _BAD + -(-len(members) // 64)
         self._wire = None
         if group is not None:
             nccl = self._device.type == "cuda" and "nccl" in str(dist.get_backend(group))
-            self._wire = Wire(group, self._device if nccl else torch.device("cpu"), self._header_words)
+            self._wire = Wire(group, self._device if nccl else torch.device("cpu"))
         # On a GPU the host must not wait for the shuffle: what the headers say is read at the next call.
         self._late = self._device.type == "cuda" and (self._wire is None or self._wire.device.type == "cuda")
         self._unread: tuple[torch.Tensor, torch.cuda.Event, int, bytes] | None = None
         self._stop_seen = False
-        self._agree_again = self._late and self._wire is not None and self._shuffle_optimizer_state
+        self._agree_first = self._late and self._wire is not None and self._shuffle_optimizer_state
         self._last_step: int | None = None
         self._interval = 1
         self._ahead: tuple[int, Future] | None = None
@@ -293,21 +298,12 @@ class WashMixer:
             "version of the plan": PLAN_VERSION,
         }
 
-    def _tensor(self, slot: str | None, member: int, number: int) -> torch.Tensor | None:
-        if slot is None:
-            return self._parameters[member][number]
-        return self._states.tensor(slot, member, number)
-
-    def _planes_of(self, layout: Sequence[Sequence[tuple[str | None, torch.dtype]]]) -> list[Plane]:
-        tensors: dict[tuple[str | None, torch.dtype], list[int]] = {}
-        for number, slots in enumerate(layout):
-            for slot in slots:
-                tensors.setdefault(slot, []).append(number)
-        # What never moves need not be looked at: most models have a last layer with probability 0.
-        return [
-            Plane(slot, dtype, tuple(numbers))
-            for (slot, dtype), numbers in sorted(tensors.items(), key=lambda item: (str(item[0][0]), str(item[0][1])))
-        ]
+    def _tensors_of(self, plane: Plane, local: int) -> list[torch.Tensor | None]:
+        if plane.slot is None:
+            parameters = self._parameters[local]
+            return [parameters[number] for number in plane.tensors]
+        assert self._states is not None  # there are no other planes without it
+        return self._states.tensors(plane.slot, local, plane.tensors)
 
     @torch.no_grad()
     def mix(self, step: int, *, shuffle: bool = True, stop_requested: bool = False) -> MixStats:
@@ -339,63 +335,38 @@ class WashMixer:
         if self._num_members == 1:
             return MixStats(0, 0, 0, False, bool(stop_requested), 0, 0, 0.0)
 
-        refusal = None if self._states is None else self._states.refresh()
-        layout = () if self._states is None else self._states.layout()
-        changed = refusal is not None or layout != self._announced
-        if self._wire is None:
-            if refusal is not None:
-                raise ValueError(refusal)
-            self._agreed = self._announced = layout
-        elif self._agree_again:
-            self._agree_on_state(layout, refusal)
-            changed = False
+        state_changed = self._look_at_state()
+        planes = [*self._weights, *_planes(self._agreed)]
+        draft = self._draft(step, planes) if shuffle else None
+        digest = draft.plan.digest if draft else _NO_SHUFFLE
+        cargos, bad = self._load(draft, planes)
+        header = self._header(digest, step, _STOP * bool(stop_requested) | _STATE_CHANGED * state_changed, bad)
+        headers, arrived, sent, waited = self._exchange(header, cargos, planes)
 
-        planes = [*self._weights, *self._planes_of(self._agreed)]
-        plan, routes = self._plan(step, planes) if shuffle else (None, {})
-        digest = plan.digest if plan else hashlib.blake2b(b"no shuffle", digest_size=8).digest()
-        moved = planes if shuffle else []
-        gathered = self._gather(moved, routes)
-        sent, waited = 0, 0.0
-        if self._wire is None:
-            bad = self._bad(moved, routes, gathered)
-            arrived = self._hand_over(moved, routes, gathered)
-            stop = bool(stop_requested)
-            if self._late:
-                arrived = [torch.where(bad.any(), old, new) for old, new in zip(gathered, arrived, strict=True)]
-                self._read_later(bad[None].to(torch.int64), step, digest)
-            elif bad.any():
-                raise ContagionError([self._members[i] for i in bad.nonzero().flatten().tolist()], step)
+        if self._late:
+            fine = (headers[:, _DIGEST] == headers[0, _DIGEST]).all() & (headers[:, _BAD:] == 0).all()
+            arrived = [torch.where(fine, new, cargo.values) for new, cargo in zip(arrived, cargos, strict=True)]
+            stop = self._stop_seen if self._wire else bool(stop_requested)
+            self._read_later(headers, step, digest)
         else:
-            flags = _STOP * bool(stop_requested) | _STATE_CHANGED * changed
-            headers, arrived, sent, waited = self._send(moved, routes, gathered, planes, step, digest, flags)
-            if self._late:
-                own = headers[self._wire.rank, _DIGEST]
-                fine = (headers[:, _DIGEST] == own).all() & (headers[:, _BAD:] == 0).all()
-                arrived = [torch.where(fine, new, old) for old, new in zip(gathered, arrived, strict=True)]
-                stop = self._stop_seen
-                self._read_later(headers, step, digest)
-            else:
-                stop, agree_again = self._judge(headers, step, digest)
-                if agree_again:
-                    self._agree_on_state(layout, refusal)
-                    planes = [*self._weights, *self._planes_of(self._agreed)]
-                    if shuffle and len(planes) > len(self._weights):
-                        # The weights are here already. The state follows, laid out as all have just agreed.
-                        states = planes[len(self._weights) :]
-                        routes = self._complete(plan, routes, planes)
-                        gathered = self._gather(states, routes)
-                        headers, states_arrived, more, waited_more = self._send(
-                            states, routes, gathered, states, step, digest, 0
-                        )
-                        self._judge(headers, step, digest)
-                        arrived = [*arrived[: len(self._weights)], *states_arrived]
-                        sent, waited = sent + more, waited + waited_more
-                    moved = planes if shuffle else []
-        for plane, values in zip(moved, arrived, strict=True):
-            self._tensors.scatter(plane, routes[plane.tensors], values)
-        if shuffle:
+            stop, state_changed = self._judge(headers, step, digest)
+            if state_changed:
+                # Nothing has been written yet. The weights are here; the state follows, laid out as all agree now.
+                self._agree_on_state()
+                planes = [*self._weights, *_planes(self._agreed)]
+                states = planes[len(self._weights) :]
+                state_cargos, bad = self._load(draft, states)
+                header = self._header(digest, step, 0, bad)
+                headers, state_arrived, more, longer = self._exchange(header, state_cargos, states)
+                self._judge(headers, step, digest)
+                cargos = [*cargos[: len(self._weights)], *state_cargos]
+                arrived = [*arrived[: len(self._weights)], *state_arrived]
+                sent, waited = sent + more, waited + longer
+        for cargo, values in zip(cargos, arrived, strict=True):
+            self._tensors.scatter(cargo.plane, cargo.path, values)
+        if draft:
             self._draw_ahead(step, planes)
-        return self._stats(plan, moved, routes, sent, stop, waited)
+        return self._stats(draft, cargos, sent, stop, waited)
 
     def synchronize(self) -> None:
         """
@@ -412,22 +383,41 @@ class WashMixer:
         headers, event, step, digest = self._unread
         self._unread = None
         event.synchronize()
+        self._stop_seen, self._agree_first = self._judge(headers, step, digest)
+
+    def _look_at_state(self) -> bool:
+        """Finds out which of the optimizers' state there is. Returns whether the other processes do not know yet."""
+        if self._states is None:
+            return False
+        self._refusal = self._states.refresh()
+        self._layout = self._states.layout()
         if self._wire is None:
-            if headers.any():
-                raise ContagionError([self._members[i] for i in headers[0].nonzero().flatten().tolist()], step)
-            return
-        self._stop_seen, self._agree_again = self._judge(headers, step, digest)
+            if self._refusal is not None:
+                raise ValueError(self._refusal)
+            self._agreed = self._announced = self._layout
+        elif self._agree_first:
+            self._agree_on_state()
+        return self._refusal is not None or self._layout != self._announced
 
-    def _plan(self, step: int, planes: Sequence[Plane]) -> tuple[Plan, dict[tuple[int, ...], Route]]:
+    def _agree_on_state(self) -> None:
+        """Settles, by a collective of its own, which slots all members have. Rare: when an optimizer's state appears."""
+        assert self._wire is not None
+        found: list = [None] * self._num_processes
+        dist.all_gather_object(found, (self._layout, self._refusal), group=self._wire.group)
+        for process, (_, refusal) in enumerate(found):
+            if refusal is not None:
+                raise ValueError(refusal if refusal == self._refusal else f"Process {process}: {refusal}")
+        self._announced, self._agree_first = self._layout, False
+        self._agreed = common_layout([layout for layout, _ in found])
+
+    def _draft(self, step: int, planes: Sequence[Plane]) -> "_Draft":
+        """The plan of a step and its routes: those drawn ahead, if it was this step that was expected."""
         if self._ahead is not None and self._ahead[0] == step:
-            plan, routes = self._ahead[1].result()
+            draft = self._ahead[1].result()
             self._ahead = None
-            return plan, self._complete(plan, routes, planes)
-        return _prepare(self._planner, step, _selections(planes), self._members, self._num_processes)
-
-    def _complete(self, plan: Plan, routes: dict, planes: Sequence[Plane]) -> dict[tuple[int, ...], Route]:
-        missing = [tensors for tensors in _selections(planes) if tensors not in routes]
-        return routes | {tensors: route(plan, tensors, self._members, self._num_processes) for tensors in missing}
+            return draft
+        selections = [self._tensors.select(plane) for plane in planes]
+        return _Draft(self._planner, step, selections, self._members, self._num_processes)
 
     def _draw_ahead(self, step: int, planes: Sequence[Plane]) -> None:
         """Has the plan drawn that the next call will probably need, while the caller computes."""
@@ -439,78 +429,68 @@ class WashMixer:
             weakref.finalize(self, self._executor.shutdown, wait=False, cancel_futures=True)
         if self._ahead is not None:
             self._ahead[1].cancel()
+        selections = [self._tensors.select(plane) for plane in planes]
+        expected = step + self._interval
         # The thread gets no reference to the mixer, so that it cannot keep members alive.
-        arguments = (self._planner, step + self._interval, _selections(planes), self._members, self._num_processes)
-        self._ahead = (step + self._interval, self._executor.submit(_prepare, *arguments))
+        arguments = (self._planner, expected, selections, self._members, self._num_processes)
+        self._ahead = (expected, self._executor.submit(_Draft, *arguments))
 
-    def _gather(self, planes: Sequence[Plane], routes: dict) -> list[torch.Tensor]:
-        return [self._tensors.gather(plane, routes[plane.tensors]) for plane in planes]
+    def _load(self, draft: "_Draft | None", planes: Sequence[Plane]) -> tuple[list[Cargo], torch.Tensor]:
+        """Gathers what moves. Also says which local members give NaN or inf: bool of shape `(num_local,)`."""
+        cargos, bad = [], torch.zeros(len(self._members), dtype=torch.bool, device=self._device)
+        if draft is None:
+            return cargos, bad
+        for plane in planes:
+            path = draft.route(self._tensors.select(plane))
+            values, flags = self._tensors.gather(plane, path)
+            cargos.append(Cargo(plane, path, values))
+            bad |= flags
+        return cargos, bad
 
-    def _bad(self, planes: Sequence[Plane], routes: dict, gathered: Sequence[torch.Tensor]) -> torch.Tensor:
-        bad = torch.zeros(len(self._members), dtype=torch.bool, device=self._device)
-        for plane, values in zip(planes, gathered, strict=True):
-            bad |= non_finite(plane, routes[plane.tensors], values)
-        return bad
-
-    def _hand_over(
-        self, planes: Sequence[Plane], routes: dict, gathered: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        paths = [routes[plane.tensors] for plane in planes]
-        return [order(order(v, p.send_order), p.arrival_order) for v, p in zip(gathered, paths, strict=True)]
-
-    def _send(self, moved, routes, gathered, planes, step, digest, flags):
-        """Sends what leaves and returns the headers, what arrived for each plane in its order, bytes and seconds."""
-        wire = self._wire
-        words = [int.from_bytes(digest, "little", signed=True), step, flags]
-        bad = self._bad(moved, routes, gathered).to(wire.device)
-        header = torch.zeros(self._header_words, dtype=torch.int64)
-        header[:_BAD] = torch.tensor(words, dtype=torch.int64)
-        header = header.to(wire.device, non_blocking=True)
-        bits = bad.to(torch.int64) << (torch.arange(len(bad), device=wire.device) % 64)
+    def _header(self, digest: bytes, step: int, flags: int, bad: torch.Tensor) -> torch.Tensor:
+        words = torch.zeros(self._header_words, dtype=torch.int64)
+        words[:_BAD] = torch.tensor([int.from_bytes(digest, "little", signed=True), step, flags])
+        header = words.to(self._wire.device if self._wire else self._device)
+        # One bit for each local member, 64 of them in a word.
+        bits = bad.to(header.device, torch.int64) << (torch.arange(len(bad), device=header.device) % 64)
         header[_BAD:] = nn.functional.pad(bits, (0, -len(bits) % 64)).view(-1, 64).sum(dim=1)
-        paths = [routes[plane.tensors] for plane in moved]
-        outgoing = [
-            (order(values, path.send_order).to(wire.device), path)
-            for values, path in zip(gathered, paths, strict=True)
-        ]
+        return header
+
+    def _exchange(
+        self, header: torch.Tensor, cargos: Sequence[Cargo], planes: Sequence[Plane]
+    ) -> tuple[torch.Tensor, list[torch.Tensor], int, float]:
+        """As [`Wire.exchange`], and with one process the same without a wire."""
+        if self._wire is None:
+            return header[None], [reorder(cargo.values, cargo.path.arrival_order) for cargo in cargos], 0, 0.0
         num_local = len(self._members)
-        room = sum(
-            room_for_values(
-                sum(self._expected[t] for t in plane.tensors) * num_local**2 / self._num_members,
-                num_local,
-                plane.dtype.itemsize,
-            )
-            for plane in planes
-        )
-        headers, arrived, sent, waited = wire.exchange(header, outgoing, room)
-        arrived = [
-            order(values.to(self._device), path.arrival_order) for values, path in zip(arrived, paths, strict=True)
-        ]
-        return headers, arrived, sent, waited
+        room = 0
+        for plane in planes:
+            expected = sum(self._expected[tensor] for tensor in plane.tensors) * num_local**2 / self._num_members
+            room += room_for_values(expected, num_local, plane.dtype.itemsize)
+        return self._wire.exchange(header, cargos, room)
 
     def _judge(self, headers: torch.Tensor, step: int, digest: bytes) -> tuple[bool, bool]:
-        """Raises what the headers of all processes give reason for. Returns whether to stop and to agree on the state."""
-        headers = headers.tolist()
-        digest = int.from_bytes(digest, "little", signed=True)
-        for process, header in enumerate(headers):
-            if header[_DIGEST] != digest or header[_STEP] != step:
+        """Raises what the headers of all processes give reason for. Returns whether to stop, and to agree on the state."""
+        own = [int.from_bytes(digest, "little", signed=True), step]
+        lines = headers.tolist()
+        for process, header in enumerate(lines):
+            if header[:_FLAGS] != own:
+                same = " but another plan, or without a shuffle" if header[_STEP] == step else ""
                 raise PlanMismatchError(
-                    f"Process {process} came to this shuffle with step {header[_STEP]}, and process {self._wire.rank} "
-                    f"with step {step}"
-                    + (" but another plan, or without a shuffle" if header[_STEP] == step else "")
-                    + ". Every process has to call mix() with the same arguments after every step. Nothing was written."
+                    f"Process {process} came to this shuffle with step {header[_STEP]}{same}, and this process with "
+                    f"step {step}. Every process has to call mix() with the same arguments, once after every step. "
+                    f"Nothing was written into any member."
                 )
         num_local = len(self._members)
         bad = [
             process * num_local + local
-            for process, header in enumerate(headers)
+            for process, header in enumerate(lines)
             for local in range(num_local)
             if header[_BAD + local // 64] >> local % 64 & 1
         ]
         if bad:
             raise ContagionError(bad, step)
-        flags = [header[_FLAGS] for header in headers]
-        return any(f & _STOP for f in flags), any(f & _STATE_CHANGED for f in flags)
+        return any(h[_FLAGS] & _STOP for h in lines), any(h[_FLAGS] & _STATE_CHANGED for h in lines)
 
     def _read_later(self, headers: torch.Tensor, step: int, digest: bytes) -> None:
         host = torch.empty(headers.shape, dtype=headers.dtype, pin_memory=True)
@@ -519,37 +499,51 @@ class WashMixer:
         event.record()
         self._unread = (host, event, step, digest)
 
-    def _agree_on_state(self, layout: Layout, refusal: str | None) -> None:
-        """Settles, by a collective of its own, which slots all members have. Rare: when an optimizer's state appears."""
-        found: list = [None] * self._num_processes
-        dist.all_gather_object(found, (layout, refusal), group=self._wire.group)
-        refusals = [text for _, text in found if text is not None]
-        if refusals:
-            raise ValueError(refusals[0])
-        self._announced = layout
-        self._agreed = common_layout([theirs for theirs, _ in found])
-        self._agree_again = False
-
-    def _stats(self, plan, planes, routes, sent, stop, waited) -> MixStats:
+    def _stats(
+        self, draft: "_Draft | None", cargos: Sequence[Cargo], sent: int, stop: bool, waited: float
+    ) -> MixStats:
         values = size = all_values = all_size = 0
-        for plane in planes:
-            here = routes[plane.tensors].bounds[-1]
-            everywhere = int(plan.values_moved_by_tensor[list(plane.tensors)].sum())
-            values, size = values + here, size + here * plane.dtype.itemsize
-            all_values, all_size = all_values + everywhere, all_size + everywhere * plane.dtype.itemsize
+        for cargo in cargos:
+            assert draft is not None
+            width = cargo.plane.dtype.itemsize
+            everywhere = draft.population_values(cargo.plane.tensors)
+            values, size = values + len(cargo.values), size + len(cargo.values) * width
+            all_values, all_size = all_values + everywhere, all_size + everywhere * width
         return MixStats(values, size, sent, False, stop, all_values, all_size, waited)
 
 
-def _selections(planes: Sequence[Plane]) -> tuple[tuple[int, ...], ...]:
-    return tuple(dict.fromkeys(plane.tensors for plane in planes))
+class _Draft:
+    """The plan of a step and what it means for this process: all that can be worked out ahead."""
+
+    def __init__(
+        self, planner: Planner, step: int, selections: Iterable[Selection], members: range, num_processes: int
+    ):
+        self.plan = planner.draw(step)
+        self._members = members
+        self._num_processes = num_processes
+        self._moved = self.plan.values_moved_by_tensor
+        self._routes: dict[Selection, Route] = {}
+        for selection in selections:
+            self.route(selection)
+
+    def route(self, selection: Selection) -> Route:
+        """The route of a selection; worked out now if it was not foreseen, as that of a state that is new."""
+        if selection not in self._routes:
+            self._routes[selection] = route(self.plan, selection, self._members, self._num_processes)
+        return self._routes[selection]
+
+    def population_values(self, tensors: Sequence[int]) -> int:
+        """How many values of these tensors change owner, over all members."""
+        return int(self._moved[list(tensors)].sum())
 
 
-def _prepare(
-    planner: Planner, step: int, selections: Sequence[tuple[int, ...]], members: range, num_processes: int
-) -> tuple[Plan, dict[tuple[int, ...], Route]]:
-    plan = planner.draw(step)
-    _ = plan.values_moved_by_tensor  # computed once, and here rather than while everybody waits
-    return plan, {tensors: route(plan, tensors, members, num_processes) for tensors in selections}
+def _planes(layout: Sequence[Sequence[tuple[str | None, torch.dtype]]]) -> list[Plane]:
+    """Sorts the slots of all parameters into planes, in the same order on every process."""
+    tensors: dict[tuple[str | None, torch.dtype], list[int]] = {}
+    for number, slots in enumerate(layout):
+        for slot in slots:
+            tensors.setdefault(slot, []).append(number)
+    return [Plane(slot, dtype, tuple(tensors[slot, dtype])) for slot, dtype in sorted(tensors, key=str)]
 
 
 def _processes(process_group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None, int, int]:
@@ -585,7 +579,7 @@ def _difference(expected: list[tuple[str, str]], found: list[tuple[str, str]]) -
     return None
 
 
-def _unlike(member: int, other: int, difference: str) -> str:
+def _unlike(member: int, other: int, difference: str | None) -> str:
     return f"Member {member} does not have the architecture of member {other}: it {difference}."
 
 

@@ -25,13 +25,6 @@ from .loading import ADAPTER_CONFIG, BACKBONE_CONFIG, read_json
 
 _WRAPPER_PREFIX = "timm_model."
 
-# Files that one kind of export writes and that would mislead the loaders of the other kinds.
-_FILES = {
-    "transformers": {"config.json", "model.safetensors", "model.safetensors.index.json", "preprocessor_config.json"},
-    "timm": {"config.json", "model.safetensors"},
-    "peft": {ADAPTER_CONFIG, BACKBONE_CONFIG, "adapter_model.safetensors", "preprocessor_config.json"},
-}
-
 # `PIL.Image.Resampling` by number, as transformers writes it, to the names that timm uses.
 _INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
@@ -115,7 +108,7 @@ def export_model(
         )
     if check and example is None:
         _example_for(model, kind)
-    _refuse_leftovers(folder, kind)
+    _refuse_folder(folder, kind)
 
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "timm":
@@ -435,15 +428,14 @@ def _timm_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _refuse_leftovers(folder: Path, kind: str) -> None:
+def _refuse_folder(folder: Path, kind: str) -> None:
     if folder.is_file():
         raise ValueError(f"{folder} is a file; a model is exported to a folder.")
-    for file in sorted(set().union(*_FILES.values()) - _FILES[kind]):
-        if (folder / file).exists():
-            raise ValueError(
-                f"{folder} holds {file} of another kind of model, which would mislead the loaders: remove it, or "
-                "export to another folder."
-            )
+    if kind != "peft" and (folder / ADAPTER_CONFIG).exists():
+        raise ValueError(
+            f"{folder} holds an adapter, which transformers would put on top of any complete model written there: "
+            "export to another folder."
+        )
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
@@ -454,6 +446,8 @@ def _write_timm(model: nn.Module, folder: Path, weights: Mapping[str, torch.Tens
     config = _timm_config(model, processing_class)
     save_file(_timm_weights(weights), folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", config)
+    # Left by an earlier model of transformers, it would be taken for this one's preprocessing on the Hub.
+    (folder / "preprocessor_config.json").unlink(missing_ok=True)
 
 
 def _timm_config(model: nn.Module, processing_class: Any = None) -> dict[str, Any]:

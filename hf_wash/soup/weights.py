@@ -58,8 +58,8 @@ class WeightSource:
         self.specs = specs
         self.ties = ties
 
-    def read(self, name: str) -> Any:
-        """The value called `name`. It may be the member's own memory, so it is not to be written to."""
+    def read(self, name: str, rows: slice | None = None) -> Any:
+        """The value called `name`, or these rows of it. It may be the member's own memory: not to be written to."""
         raise NotImplementedError
 
     def read_all(self) -> dict[str, Any]:
@@ -87,9 +87,11 @@ class _StateDictSource(WeightSource):
                 owner[memory] = name
         super().__init__(description, specs, ties)
 
-    def read(self, name: str) -> Any:
+    def read(self, name: str, rows: slice | None = None) -> Any:
         value = self._state_dict[name]
-        return value.detach() if isinstance(value, torch.Tensor) else value
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.detach() if rows is None else value.detach()[rows]
 
 
 class _SafetensorsSource(WeightSource):
@@ -110,11 +112,11 @@ class _SafetensorsSource(WeightSource):
         # A file keeps its tensors by size, its reader sorts them by name: give all files of one model one order.
         super().__init__(description, dict(sorted(specs.items())), {})
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         # Opened anew for each tensor: a file that stays open keeps every page that was ever touched resident, and a
         # soup of many members would slowly take the memory of all of them.
         with safe_open(self._file_of[name], framework="pt") as weights:
-            return weights.get_tensor(name)
+            return weights.get_tensor(name) if rows is None else weights.get_slice(name)[rows]
 
 
 def find_weight_files(path: str | Path) -> list[Path]:

@@ -553,13 +553,11 @@ class TrainingView(EvaluationView):
             ],
             "none": [transforms.Resize(size)],
         }[augmentation]
-        self.change = transforms.Compose(
-            [*change, transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True)]
-        )
+        self.change = transforms.Compose(change)
 
     def pixels(self, images: list[PilImage.Image]) -> torch.Tensor:
-        changed = torch.stack([self.change(image.convert("RGB")).as_subclass(torch.Tensor) for image in images])
-        return torch.einsum("oc,nchw->nohw", self.colours, changed) + self.offset
+        changed = np.stack([np.asarray(self.change(image.convert("RGB"))) for image in images])
+        return torch.einsum("oc,nhwc->nohw", self.colours, torch.from_numpy(changed) / 255) + self.offset
 
 
 def results_table(metrics: dict[str, float]) -> str:

@@ -51,9 +51,8 @@ def greedy_soup(
 
     Args:
         members (iterable of `torch.nn.Module`, `Mapping[str, torch.Tensor]`, `str` or `Path`):
-            As for [`uniform_soup`]. Members on disk are read again for each try and at most one of them or one mean is
-            in memory at a time, beside whatever `evaluate` holds: with a model that it loads the weights into, the
-            memory of two.
+            As for [`uniform_soup`]. Members on disk are read again for each try, and at most one of them or one mean
+            is in memory at a time, beside the model that `evaluate` loads the weights into.
         evaluate (`Callable[[dict[str, torch.Tensor]], float]`):
             Takes a state dict (to be read, not changed) and returns its score on held-out data, higher is better.
             Called once for each member, in the order given, then once for each try. Models with BatchNorm want their

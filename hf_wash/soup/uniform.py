@@ -11,9 +11,9 @@ from torch import nn
 from .weights import WeightSource, check_alike, check_is_a_collection, open_member
 
 
-# Numbers that are summed at a time: 4 MiB in float64. VGG keeps three quarters of its weights in one tensor, so whole
+# Numbers that are summed at a time: 2 MiB in float64. VGG keeps three quarters of its weights in one tensor, so whole
 # tensors would be too much.
-BLOCK = 2**19
+BLOCK = 2**18
 
 
 def uniform_soup(members: Iterable[nn.Module | Mapping[str, torch.Tensor] | str | Path]) -> dict[str, torch.Tensor]:

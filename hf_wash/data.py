@@ -6,7 +6,7 @@ with a batch is the trainer's business.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -237,8 +237,35 @@ def shard_for_member(dataset: Dataset, member: int, size: int) -> Dataset:
     count = len(dataset) // size
     if count == 0:
         raise ValueError(f'`member_data="shard"`: {len(dataset)} examples cannot be dealt to {size} members.')
-    chosen = range(member, member + count * size, size)
-    return dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
+    return _choose(dataset, range(member, member + count * size, size))
+
+
+def hold_out(dataset: Dataset, part: float, seed: int) -> tuple[Dataset, Dataset]:
+    """
+    Split a training set in two by a random choice of examples, the same on every process.
+
+    Args:
+        dataset (`Dataset`): Indexable, with a length.
+        part (`float`): The part that is held out, in (0, 1); at least one example.
+        seed (`int`): Of the choice.
+
+    Returns:
+        `tuple[Dataset, Dataset]`: What is left to train on, and what is held out.
+
+    Raises:
+        ValueError: for a stream, and if nothing would be left.
+    """
+    if isinstance(dataset, IterableDataset) or not has_length(dataset):
+        raise ValueError("A part of a stream cannot be held out: `soup='greedy'` needs a training set with a length.")
+    count = max(1, round(part * len(dataset)))
+    if count >= len(dataset):
+        raise ValueError(f"Holding out {count} of {len(dataset)} examples leaves none to train on.")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    return _choose(dataset, sorted(order[count:])), _choose(dataset, sorted(order[:count]))
+
+
+def _choose(dataset: Dataset, indices: Sequence[int]) -> Dataset:
+    return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
 
 
 class _DealtBatchSampler(BatchSampler):

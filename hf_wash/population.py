@@ -7,7 +7,7 @@ Knows torch and NumPy; it does not know how members are trained, mixed or evalua
 import contextlib
 import copy
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, ItemsView, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -212,6 +212,46 @@ class Population:
                 self.broadcast_tensors(list(received.values()), source)
                 state = received
             yield state
+
+    def weights_of(self, index: int, exclude: Collection[str] = ()) -> "MemberWeights":
+        """Member `index`'s state dict on every process, tensor by tensor as it is read: see [`MemberWeights`]."""
+        return MemberWeights(self, index, exclude)
+
+
+class MemberWeights(Mapping[str, torch.Tensor]):
+    """
+    A member's state dict that any process can read. *Reading a value is collective*: all processes must read the same
+    names of the same member in the same order, which they do when they run the same function. Nothing is kept, so
+    members of other processes cost no memory.
+    """
+
+    def __init__(self, population: Population, index: int, exclude: Collection[str] = ()):
+        self._population, self._source = population, population.owner(index)
+        local = population.members[index - population.indices[0]] if index in population.indices else None
+        template = (local if local is not None else population.members[0]).state_dict()
+        self._is_local = local is not None
+        self._tensors = {name: value for name, value in template.items() if name not in exclude}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        value = self._tensors[name]
+        if self._population.world_size == 1:
+            return value
+        value = value if self._is_local else torch.empty_like(value)
+        self._population.broadcast_tensors([value], self._source)
+        return value
+
+    def items(self) -> ItemsView[str, torch.Tensor]:
+        """
+        Names, shapes, dtypes and ties, without communication: where the member lives elsewhere the values are those of
+        a local one.
+        """
+        return self._tensors.items()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def copy_member(model: nn.Module) -> nn.Module:

@@ -44,21 +44,29 @@ from .agreement import (
     weights_digest,
 )
 from .config import ENOUGH_SHUFFLES, WashConfig
-from .data import MemberBatches, MemberLoader, OneProcessLoaders, deal_batches, has_labels, shard_for_member
+from .data import (
+    MemberBatches,
+    MemberLoader,
+    OneProcessLoaders,
+    deal_batches,
+    has_labels,
+    hold_out,
+    shard_for_member,
+)
 from .diagnostics import ConsensusSample, squared_distance
 from .hub import export_model
 from .members import MemberOverrides
 from .mixing import WashMixer
 from .population import Population, copy_member, share_frozen
-from .soup import has_batch_norm, recalibrate_batch_norm, uniform_soup
+from .soup import GreedySoupRecord, greedy_soup, has_batch_norm, recalibrate_batch_norm, uniform_soup
 
 
 logger = logging.get_logger(__name__)
 
 MEMBERS_FOLDER = "_members"
 DEFAULT_POPULATION_SIZE = 4
-# Where the recalibration of BatchNorm draws its batches: far from the seeds of members, `seed + k`.
-RECALIBRATION_SEED_OFFSET = 1_000_003
+# Seeds of what is drawn outside of the members' streams: far from those of members, `seed + k`.
+RECALIBRATION_SEED_OFFSET, HOLDOUT_SEED_OFFSET = 1_000_003, 1_000_033
 
 
 class _LocalMembers(nn.Module):
@@ -199,6 +207,7 @@ class WashTrainer(Trainer):
         self.mixer: WashMixer | None = None
         self._soup: nn.Module | None = None
         self._soup_key: tuple | None = None
+        self.greedy_record: GreedySoupRecord | None = None
         self._is_soup = False
         self._prepared: dict[int, nn.Module] = {}
         self._trainings = 0
@@ -370,7 +379,9 @@ class WashTrainer(Trainer):
         )
         if overrides.train_dataset is not None:
             self.train_dataset = overrides.train_dataset
-        elif self.args.member_data == "shard" and self.train_dataset is not None:
+        if self.train_dataset is not None and self._holds_out():
+            self.train_dataset = hold_out(self.train_dataset, self.args.soup_holdout, self.args.seed)[0]
+        if self.args.member_data == "shard" and self.train_dataset is not None and overrides.train_dataset is None:
             self.train_dataset = shard_for_member(self.train_dataset, index, self.population.size)
         if overrides.data_collator is not None:
             self.data_collator = overrides.data_collator
@@ -391,6 +402,9 @@ class WashTrainer(Trainer):
             ) = before
 
     # ---- Data ----------------------------------------------------------------------------------------------------
+
+    def _holds_out(self) -> bool:
+        return self.args.soup == "greedy" and self.population.size > 1
 
     def _get_dataloader(self, *args, **kwargs):
         return self._one_process_dataloader(None, *args, **kwargs)
@@ -439,7 +453,18 @@ class WashTrainer(Trainer):
         """Examples in one optimizer step of one member."""
         return self._train_batch_size * args.gradient_accumulation_steps
 
+    def _check_holdout(self) -> None:
+        data = [overrides.train_dataset for overrides in self._overrides] + [self.train_dataset]
+        lengths = {len(own) if has_length(own) else None for own in data if own is not None}
+        if len(lengths) > 1:
+            raise ValueError(
+                "`soup='greedy'` holds out the same examples of every member's training set, by their position, so "
+                f"those must be views of one set; they have {len(lengths)} different lengths."
+            )
+
     def _check_data(self) -> None:
+        if self._holds_out():
+            self._check_holdout()
         for index in self.population.indices:
             with self._acting_as(index):
                 data = self.train_dataset
@@ -853,11 +878,58 @@ class WashTrainer(Trainer):
         shared = (
             {name for name, p in self._soup.named_parameters() if not p.requires_grad} if self.args.same_init else ()
         )
-        self._soup.load_state_dict(uniform_soup(self.population.state_dicts(exclude=shared)), strict=False)
-        self._recalibrate()
+        if self._holds_out() and self._holdout_loader() is not None:
+            members = [self.population.weights_of(index, shared) for index in range(self.population.size)]
+            weights, self.greedy_record = greedy_soup(members, self._held_out_score)
+        else:
+            weights = uniform_soup(self.population.state_dicts(exclude=shared))
+        self._load_soup(weights)
         distances = self.population.gather([squared_distance(m, self._soup) for m in self.population.members])
         self.consensus_distance = math.sqrt(sum(distances) / len(distances))
         self._soup_key = key
+
+    def _load_soup(self, weights: dict[str, torch.Tensor]) -> None:
+        self._soup.load_state_dict(weights, strict=False)
+        self._recalibrate()
+
+    def _holdout_loader(self):
+        """The examples held out for the greedy soup, in order; `None` where there is no training set."""
+        dataset = self.train_dataset if self.train_dataset is not None else self._overrides[0].train_dataset
+        if dataset is None:
+            return None
+        held_out = hold_out(dataset, self.args.soup_holdout, self.args.seed)[1]
+        return self._one_process_dataloader(
+            None,
+            dataset=held_out,
+            description="Held-out",
+            batch_size=self.args.eval_batch_size,
+            sampler_fn=torch.utils.data.SequentialSampler,
+        )
+
+    def _held_out_score(self, weights: dict[str, torch.Tensor]) -> float:
+        """
+        *Collective.* The accuracy of a soup on held-out training data; minus its loss where there is no accuracy.
+        Augmentation draws the same for every soup.
+        """
+        self._load_soup(weights)
+        self._soup_prepared.eval()
+        streams = self.population.streams
+        before = streams.capture()
+        try:
+            set_seed(self.args.seed + HOLDOUT_SEED_OFFSET)
+            right, loss, count = 0, 0.0, 0
+            for inputs in self._holdout_loader():
+                batch_loss, logits, labels = self.prediction_step(self._soup_prepared, inputs, False)
+                if isinstance(logits, torch.Tensor) and logits.ndim == 2 and labels is not None and labels.ndim == 1:
+                    right += int((logits.argmax(-1) == labels).sum())
+                else:
+                    right = math.nan
+                count += len(logits) if isinstance(logits, torch.Tensor) else 1
+                loss += float(batch_loss) * (len(logits) if isinstance(logits, torch.Tensor) else 1)
+        finally:
+            streams.restore(before)
+        # A GPU's last bit must not make processes choose differently.
+        return self.population.broadcast(-loss / count if math.isnan(right) else right / count)
 
     def _prepare_once(self, model: nn.Module) -> nn.Module:
         # A copy of a member brings along the autocast that was wrapped around the member's forward.
@@ -880,7 +952,7 @@ class WashTrainer(Trainer):
             set_seed(self.args.seed + RECALIBRATION_SEED_OFFSET)
             recalibrate_batch_norm(
                 self._soup,
-                iter(self._member_dataloader(0).base_dataloader),
+                iter(self._recalibration_loader().base_dataloader),
                 forward=self._forward_without_labels,
                 max_batches=self.args.soup_batch_norm_batches,
             )
@@ -888,6 +960,19 @@ class WashTrainer(Trainer):
             streams.restore(before)
         # The same batches everywhere, but a GPU's sums may differ in the last bit.
         self.population.broadcast_tensors(list(self._soup.buffers()), source=0)
+
+    def _recalibration_loader(self):
+        """The training set as no member in particular sees it; member 0's, where there is none in common."""
+        if self.train_dataset is None:
+            return self._member_dataloader(0)
+        return self._one_process_dataloader(
+            None,
+            dataset=self.train_dataset,
+            description="Recalibration",
+            batch_size=self._train_batch_size,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
 
     def _forward_without_labels(self, model: nn.Module, batch) -> None:
         inputs = self._prepare_inputs(batch)

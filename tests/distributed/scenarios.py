@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from small_population import (
     TEST,
-    DigitStream,
     Digits,
+    DigitStream,
     outcome,
     population,
     resnet,
@@ -155,6 +155,17 @@ def two_evaluation_sets(folder):
     return {**outcome(trainer), "metrics": sorted(trainer.evaluate())}
 
 
+def greedy(folder):
+    """The greedy soup of members that are not equally good, with BatchNorm."""
+    members = [MemberOverrides(learning_rate=rate) for rate in (1e-2, 1e-5, 1e-2, 3e-2)]
+    trainer = population(
+        folder, started(resnet), soup="greedy", soup_holdout=0.2, soup_batch_norm_batches=5, max_steps=16,
+        eval_steps=8, trainer={"members": members},
+    )  # fmt: skip
+    trainer.train()
+    return {**outcome(trainer), "chosen": list(trainer.greedy_record.indices), "scores": list(trainer.greedy_record.member_scores)}
+
+
 def checkpointed(folder):
     """A whole run that leaves checkpoints behind."""
     trainer = population(folder, save_strategy="steps", save_steps=5, shuffle_optimizer_state=True)
@@ -171,7 +182,7 @@ def resumed(folder):
 
 SCENARIOS = [
     wash, wash_opt, batch_norm, unequal_starts, overrides, stream, shard, workers, bf16, recomputed, best,
-    two_evaluation_sets, checkpointed, resumed,
+    two_evaluation_sets, greedy, checkpointed, resumed,
 ]  # fmt: skip
 BY_NAME = {scenario.__name__: scenario for scenario in SCENARIOS}
 

@@ -10,11 +10,12 @@ Carrying the values of a plan: out of the tensors, from process to process, and 
   from members of the one to members of the other.
 """
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,12 @@ import torch.distributed as dist
 from .plan import Plan
 
 
+# `numpy.ndarray` where the values are on a CPU, else `torch.Tensor`: slices, views and assignments read alike in both,
+# and a NumPy call costs a microsecond less than one of torch, where dozens of calls are needed for a shuffle.
+Array = Any
+
 # Values travel as integers of their width: whatever the dtype, a value arrives bit for bit, NaN payloads included.
+_NUMPY_FLOATS = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -44,6 +50,10 @@ class Plane:
     slot: str | None
     dtype: torch.dtype
     tensors: tuple[int, ...]
+
+    def __hash__(self):
+        # Planes are looked up often, and few differ in the tensors alone.
+        return hash((self.slot, self.dtype))
 
 
 class Selection(NamedTuple):
@@ -247,7 +257,7 @@ class _MemberTensors:
         """
         for local in range(self._num_local):
             tensors = self._tensors_of(plane, local)
-            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+            addresses = [tensor.data_ptr() if tensor is not None else 0 for tensor in tensors]
             if self._addresses.get((plane, local)) != addresses:
                 present = [(n, t) for n, t in zip(plane.tensors, tensors, strict=True) if t is not None]
                 self._views[plane, local] = {number: _storage(tensor) for number, tensor in present}
@@ -274,39 +284,48 @@ class HostTensors(_MemberTensors):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self._arrays: dict[tuple[Plane, int], dict[int, np.ndarray]] = {}
+        # By the number of the parameter, None for one that is not in the plane or is missing.
+        self._arrays: dict[tuple[Plane, int], list[np.ndarray | None]] = {}
 
     def _changed(self, plane: Plane, local: int) -> None:
-        self._arrays[plane, local] = {number: view.numpy() for number, view in self._views[plane, local].items()}
+        arrays: list[np.ndarray | None] = [None] * (plane.tensors[-1] + 1)
+        for number, view in self._views[plane, local].items():
+            arrays[number] = view.numpy().view(f"u{plane.dtype.itemsize}")
+        self._arrays[plane, local] = arrays
 
-    def gather(self, plane: Plane, path: Route) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, plane: Plane, path: Route) -> tuple[np.ndarray, np.ndarray]:
         """
         Reads the values that the local members give.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: The values' bits, of shape `(bounds[-1],)`, zeros where a tensor is
-            missing; and, for each local member, whether one of its values is NaN or infinite, of shape `(num_local,)`.
+            `tuple`: The values' bits, of shape `(bounds[-1],)`, zeros where a tensor is missing; and, for each local
+            member, whether one of its values is NaN or infinite, of shape `(num_local,)`.
         """
-        values = torch.empty(path.bounds[-1], dtype=_BITS[plane.dtype.itemsize])
-        out = values.numpy()
+        values = np.empty(path.bounds[-1], dtype=f"u{plane.dtype.itemsize}")
         for local, pieces in enumerate(path.pieces):
             arrays = self._arrays[plane, local]
             for number, start, stop, places in pieces:
-                if number in arrays:
-                    # Any mode but "raise" lets NumPy write into `out` without a copy; no place is out of range.
-                    arrays[number].take(places, out=out[start:stop], mode="clip")
+                array = arrays[number]
+                if array is None:
+                    values[start:stop] = 0
                 else:
-                    out[start:stop] = 0
-        return values, _non_finite(plane, path, values)
+                    # Any mode but "raise" lets NumPy write into `out` without a copy; no place is out of range.
+                    array.take(places, out=values[start:stop], mode="clip")
+        if plane.dtype in _NUMPY_FLOATS:
+            finite = np.isfinite(values.view(_NUMPY_FLOATS[plane.dtype]))
+        else:
+            finite = _isfinite(torch.from_numpy(values).view(plane.dtype)).numpy()
+        pairs = zip(path.bounds[:-1], path.bounds[1:], strict=True)
+        return values, np.array([not finite[start:stop].all() for start, stop in pairs])
 
-    def scatter(self, plane: Plane, path: Route, values: torch.Tensor) -> None:
+    def scatter(self, plane: Plane, path: Route, values: np.ndarray) -> None:
         """Writes values, of the shape and order that were gathered, to where those came from."""
-        new = values.numpy()
         for local, pieces in enumerate(path.pieces):
             arrays = self._arrays[plane, local]
             for number, start, stop, places in pieces:
-                if number in arrays:
-                    arrays[number][places] = new[start:stop]
+                array = arrays[number]
+                if array is not None:
+                    array[places] = values[start:stop]
 
 
 class DeviceTensors(_MemberTensors):
@@ -316,13 +335,17 @@ class DeviceTensors(_MemberTensors):
         values = torch.zeros(path.bounds[-1], dtype=_BITS[plane.dtype.itemsize], device=self._device)
         for storage, places, piece in self._pieces(plane, path, values):
             torch.index_select(storage, 0, places, out=piece)
-        return values, _non_finite(plane, path, values)
+        finite = _isfinite(values.view(plane.dtype))
+        pairs = zip(path.bounds[:-1], path.bounds[1:], strict=True)
+        return values, torch.stack([~finite[start:stop].all() for start, stop in pairs])
 
     def scatter(self, plane: Plane, path: Route, values: torch.Tensor) -> None:
         for storage, places, piece in self._pieces(plane, path, values):
             storage.index_copy_(0, places, piece)
 
-    def _pieces(self, plane: Plane, path: Route, values: torch.Tensor):
+    def _pieces(
+        self, plane: Plane, path: Route, values: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         # One copy to the device for all tensors: a hundred small ones would cost more than the shuffle itself.
         places = [place for pieces in path.pieces for *_, place in pieces]
         if not places:
@@ -335,19 +358,9 @@ class DeviceTensors(_MemberTensors):
                     yield views[number], uploaded[start:stop], values[start:stop]
 
 
-def _non_finite(plane: Plane, path: Route, values: torch.Tensor) -> torch.Tensor:
-    flags = []
-    for start, stop in zip(path.bounds[:-1], path.bounds[1:], strict=True):
-        numbers = values[start:stop].view(plane.dtype)
-        if plane.dtype.itemsize == 1:
-            # torch 2.15 has no isfinite for 8-bit floats.
-            numbers = numbers.float()
-        # A sum is finite unless a value is not, or it overflows: then every value is looked at. One pass instead of four.
-        if values.device.type == "cpu" and math.isfinite(numbers.sum(dtype=torch.float64)):
-            flags.append(torch.tensor(False))
-        else:
-            flags.append(~numbers.isfinite().all())
-    return torch.stack(flags)
+def _isfinite(values: torch.Tensor) -> torch.Tensor:
+    # torch 2.15 has no isfinite for 8-bit floats.
+    return (values.float() if values.element_size() == 1 else values).isfinite()
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -358,9 +371,13 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-def reorder(values: torch.Tensor, indices: np.ndarray | None) -> torch.Tensor:
+def reorder(values: Array, indices: np.ndarray | None) -> Array:
     """`values[indices]`, or the values themselves where there is nothing to reorder."""
-    return values if indices is None else values.index_select(0, to_device(indices, values.device))
+    if indices is None:
+        return values
+    if isinstance(values, np.ndarray):
+        return values.take(indices)
+    return values.index_select(0, to_device(indices, values.device))
 
 
 @dataclass(frozen=True)
@@ -371,13 +388,13 @@ class Cargo:
     Attributes:
         plane ([`Plane`]), path ([`Route`]):
             What they are, and where they come from and go to.
-        values (`torch.Tensor`):
+        values (`numpy.ndarray` or `torch.Tensor`):
             Their bits, as gathered, of shape `(path.bounds[-1],)`.
     """
 
     plane: Plane
     path: Route
-    values: torch.Tensor
+    values: Array
 
 
 class Wire:
@@ -400,17 +417,16 @@ class Wire:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.device = device
-        self._roomy = device.type == "cpu" and "gloo" in str(dist.get_backend(group))
+        self._host = device.type == "cpu"
+        self._roomy = self._host and "gloo" in str(dist.get_backend(group))
 
-    def exchange(
-        self, header: torch.Tensor, cargos: Sequence[Cargo], room: int
-    ) -> tuple[torch.Tensor, list[torch.Tensor], int, float]:
+    def exchange(self, header: Array, cargos: Sequence[Cargo], room: int) -> tuple[Array, list[Array], int, float]:
         """
         Sends every process this one's header and the values for its members, and receives the same.
 
         Args:
-            header (`torch.Tensor`):
-                int64, of shape `(header_words,)`, on the wire's device.
+            header (`numpy.ndarray` or `torch.Tensor`):
+                int64, of shape `(header_words,)`; an array if the wire is on a CPU.
             cargos (`Sequence[Cargo]`):
                 What is to be carried.
             room (`int`):
@@ -421,43 +437,68 @@ class Wire:
             each cargo the values that its members get, as they are to be scattered; the bytes sent; and the seconds
             spent in the collective.
         """
-        head = 8 * len(header)
-        header_bytes = header.view(torch.uint8)
-        others = [process for process in range(self.size) if process != self.rank]
+        header_bytes = self._bytes(header)
+        head = len(header_bytes)
+        processes = range(self.size)
         leaving, expected = [], [head] * self.size
         for cargo in cargos:
-            width = cargo.values.element_size()
-            values = reorder(cargo.values, cargo.path.send_order).to(self.device)
-            leaving.append(values.view(torch.uint8).split([width * count for count in cargo.path.sent]))
+            width = cargo.plane.dtype.itemsize
+            content = self._bytes(reorder(cargo.values, cargo.path.send_order))
+            ends = list(itertools.accumulate((width * count for count in cargo.path.sent), initial=0))
+            leaving.append([content[start:end] for start, end in itertools.pairwise(ends)])
             expected = [size + width * count for size, count in zip(expected, cargo.path.received, strict=True)]
-        send = torch.cat([p for other in others for p in (header_bytes, *(pieces[other] for pieces in leaving))])
-        send_sizes = [head + sum(len(pieces[process]) for pieces in leaving) for process in range(self.size)]
+        outgoing = [[] if p == self.rank else [header_bytes, *(pieces[p] for pieces in leaving)] for p in processes]
+        send_sizes = [sum(map(len, message)) for message in outgoing]
         receive_sizes = [max(size, head + room) if self._roomy else size for size in expected]
-        send_sizes[self.rank] = receive_sizes[self.rank] = 0
-        receive = torch.empty(sum(receive_sizes), dtype=torch.uint8, device=self.device)
-        messages = receive.split(receive_sizes)
-        for other in others:
-            # Should nothing arrive, then what this memory held before must not pass for a header.
-            messages[other][:head].zero_()
+        receive_sizes[self.rank] = 0
+        send = self._cat([piece for message in outgoing for piece in message])
+        receive = self._empty(sum(receive_sizes))
+        starts = list(itertools.accumulate(receive_sizes, initial=0))
+        for process in processes:
+            if process != self.rank:
+                # Should nothing arrive, then what this memory held before must not pass for a header.
+                receive[starts[process] : starts[process] + head] = 0
 
         before = time.perf_counter()
-        dist.all_to_all_single(receive, send, receive_sizes, send_sizes, group=self.group)
+        if self._host:
+            receive_tensor, send_tensor = torch.from_numpy(receive), torch.from_numpy(send)
+        else:
+            receive_tensor, send_tensor = receive, send
+        dist.all_to_all_single(receive_tensor, send_tensor, receive_sizes, send_sizes, group=self.group)
         waited = time.perf_counter() - before
 
-        headers = [header_bytes if process == self.rank else messages[process][:head] for process in range(self.size)]
-        read = [head] * self.size
+        headers = [header_bytes if p == self.rank else receive[starts[p] : starts[p] + head] for p in processes]
+        places = [start + head for start in starts[:-1]]
         arrived = []
         for cargo, pieces in zip(cargos, leaving, strict=True):
             coming = []
             for process, count in enumerate(cargo.path.received):
-                length = cargo.values.element_size() * count
-                message = messages[process][read[process] : read[process] + length]
-                coming.append(pieces[process] if process == self.rank else message)
-                read[process] += length
-            # A copy, which also aligns the values: a message of 16-bit values may end anywhere.
-            values = torch.cat(coming).view(cargo.values.dtype).to(cargo.values.device)
-            arrived.append(reorder(values, cargo.path.arrival_order))
-        return torch.cat(headers).view(torch.int64).view(self.size, -1), arrived, sum(send_sizes), waited
+                length = count * cargo.plane.dtype.itemsize
+                if process == self.rank:
+                    coming.append(pieces[process])
+                else:
+                    coming.append(receive[places[process] : places[process] + length])
+                    places[process] += length
+            # The copy also aligns the values: those of 16 bits may begin and end anywhere.
+            arrived.append(reorder(self._ashore(self._cat(coming), cargo), cargo.path.arrival_order))
+        return self._cat(headers).view(header.dtype).reshape(self.size, -1), arrived, sum(send_sizes), waited
+
+    def _bytes(self, values: Array) -> Array:
+        if self._host:
+            # Values on a GPU whose processes can only send from a CPU are waited for here.
+            return (values.cpu().numpy() if isinstance(values, torch.Tensor) else values).view(np.uint8)
+        return values.view(torch.uint8)
+
+    def _empty(self, size: int) -> Array:
+        return np.empty(size, np.uint8) if self._host else torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def _cat(self, pieces: Sequence[Array]) -> Array:
+        return np.concatenate(pieces) if self._host else torch.cat(list(pieces))
+
+    def _ashore(self, content: Array, cargo: Cargo) -> Array:
+        if isinstance(cargo.values, torch.Tensor) and isinstance(content, np.ndarray):
+            content = to_device(content, cargo.values.device)
+        return content.view(cargo.values.dtype)
 
 
 def room_for_values(expected: float, num_local: int, width: int) -> int:

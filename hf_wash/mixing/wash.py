@@ -10,11 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from .exchange import (
+    Array,
     Cargo,
     DeviceTensors,
     HostTensors,
@@ -26,6 +28,7 @@ from .exchange import (
     reorder,
     room_for_values,
     route,
+    to_device,
 )
 from .optimizer_state import Layout, OptimizerStates, common_layout, optimizer_name, trial_refusal
 from .plan import PLAN_VERSION, Planner
@@ -224,6 +227,8 @@ class WashMixer:
         self._last_step: int | None = None
         self._interval = 1
         self._ahead: tuple[int, Future] | None = None
+        self._selections: dict[Plane, Selection] = {}
+        self._select(self._weights)
         self._executor: ThreadPoolExecutor | None = None
 
     def _check(self, members, optimizers, probability, schedule, seed) -> dict[str, object]:
@@ -272,7 +277,7 @@ class WashMixer:
         layers = shuffled_layers(members[0])
         by_layer = layer_probabilities(members[0], probability, schedule)
         self._probabilities = [by_layer[layer] for layer, owned in layers.items() for _ in owned]
-        self._parameters = [list(member.values()) for member in parameters]
+        self._parameters: list[list[torch.Tensor | None]] = [list(member.values()) for member in parameters]
         Planner(seed, [], [], 1)  # its own check of the seed
 
         if self._shuffle_optimizer_state and not optimizers:
@@ -301,11 +306,12 @@ class WashMixer:
     def _tensors_of(self, plane: Plane, local: int) -> list[torch.Tensor | None]:
         if plane.slot is None:
             parameters = self._parameters[local]
+            if len(plane.tensors) == len(parameters):
+                return parameters
             return [parameters[number] for number in plane.tensors]
         assert self._states is not None  # there are no other planes without it
         return self._states.tensors(plane.slot, local, plane.tensors)
 
-    @torch.no_grad()
     def mix(self, step: int, *, shuffle: bool = True, stop_requested: bool = False) -> MixStats:
         """
         Shuffles once. To be called on every process, after every optimizer step, with the same `step`.
@@ -335,37 +341,42 @@ class WashMixer:
         if self._num_members == 1:
             return MixStats(0, 0, 0, False, bool(stop_requested), 0, 0, 0.0)
 
+        with torch.no_grad():
+            stats = self._mix(step, shuffle, bool(stop_requested))
+        if shuffle:
+            # Last of all: the thread that draws would take the interpreter away from what this one has yet to do.
+            self._draw_ahead(step)
+        return stats
+
+    def _mix(self, step: int, shuffle: bool, stop_requested: bool) -> MixStats:
         state_changed = self._look_at_state()
-        planes = [*self._weights, *_planes(self._agreed)]
-        draft = self._draft(step, planes) if shuffle else None
+        self._select([*self._weights, *_planes(self._agreed)])
+        draft = self._draft(step) if shuffle else None
         digest = draft.plan.digest if draft else _NO_SHUFFLE
-        cargos, bad = self._load(draft, planes)
-        header = self._header(digest, step, _STOP * bool(stop_requested) | _STATE_CHANGED * state_changed, bad)
-        headers, arrived, sent, waited = self._exchange(header, cargos, planes)
+        cargos, bad = self._load(draft, list(self._selections))
+        flags = _STOP * stop_requested | _STATE_CHANGED * state_changed
+        headers, arrived, sent, waited = self._exchange(self._header(digest, step, flags, bad), cargos)
 
         if self._late:
             fine = (headers[:, _DIGEST] == headers[0, _DIGEST]).all() & (headers[:, _BAD:] == 0).all()
             arrived = [torch.where(fine, new, cargo.values) for new, cargo in zip(arrived, cargos, strict=True)]
-            stop = self._stop_seen if self._wire else bool(stop_requested)
+            stop = self._stop_seen if self._wire else stop_requested
             self._read_later(headers, step, digest)
         else:
             stop, state_changed = self._judge(headers, step, digest)
             if state_changed:
                 # Nothing has been written yet. The weights are here; the state follows, laid out as all agree now.
                 self._agree_on_state()
-                planes = [*self._weights, *_planes(self._agreed)]
-                states = planes[len(self._weights) :]
+                states = _planes(self._agreed)
+                self._select([*self._weights, *states])
                 state_cargos, bad = self._load(draft, states)
-                header = self._header(digest, step, 0, bad)
-                headers, state_arrived, more, longer = self._exchange(header, state_cargos, states)
+                headers, state_arrived, more, longer = self._exchange(self._header(digest, step, 0, bad), state_cargos)
                 self._judge(headers, step, digest)
                 cargos = [*cargos[: len(self._weights)], *state_cargos]
                 arrived = [*arrived[: len(self._weights)], *state_arrived]
                 sent, waited = sent + more, waited + longer
         for cargo, values in zip(cargos, arrived, strict=True):
             self._tensors.scatter(cargo.plane, cargo.path, values)
-        if draft:
-            self._draw_ahead(step, planes)
         return self._stats(draft, cargos, sent, stop, waited)
 
     def synchronize(self) -> None:
@@ -410,16 +421,27 @@ class WashMixer:
         self._announced, self._agree_first = self._layout, False
         self._agreed = common_layout([layout for layout, _ in found])
 
-    def _draft(self, step: int, planes: Sequence[Plane]) -> "_Draft":
+    def _select(self, planes: Sequence[Plane]) -> None:
+        """Settles what is carried from now on, and how it lies in memory at present."""
+        known = list(self._selections)
+        self._selections = {plane: self._tensors.select(plane) for plane in planes}
+        if list(self._selections) == known:
+            return
+        num_local = len(self._members)
+        self._room = 0
+        for plane in planes:
+            expected = sum(self._expected[tensor] for tensor in plane.tensors) * num_local**2 / self._num_members
+            self._room += room_for_values(expected, num_local, plane.dtype.itemsize)
+
+    def _draft(self, step: int) -> "_Draft":
         """The plan of a step and its routes: those drawn ahead, if it was this step that was expected."""
         if self._ahead is not None and self._ahead[0] == step:
             draft = self._ahead[1].result()
             self._ahead = None
             return draft
-        selections = [self._tensors.select(plane) for plane in planes]
-        return _Draft(self._planner, step, selections, self._members, self._num_processes)
+        return _Draft(self._planner, step, list(self._selections.values()), self._members, self._num_processes)
 
-    def _draw_ahead(self, step: int, planes: Sequence[Plane]) -> None:
+    def _draw_ahead(self, step: int) -> None:
         """Has the plan drawn that the next call will probably need, while the caller computes."""
         if self._last_step is not None and step > self._last_step:
             self._interval = step - self._last_step
@@ -429,47 +451,51 @@ class WashMixer:
             weakref.finalize(self, self._executor.shutdown, wait=False, cancel_futures=True)
         if self._ahead is not None:
             self._ahead[1].cancel()
-        selections = [self._tensors.select(plane) for plane in planes]
+        selections = list(self._selections.values())
         expected = step + self._interval
         # The thread gets no reference to the mixer, so that it cannot keep members alive.
         arguments = (self._planner, expected, selections, self._members, self._num_processes)
         self._ahead = (expected, self._executor.submit(_Draft, *arguments))
 
-    def _load(self, draft: "_Draft | None", planes: Sequence[Plane]) -> tuple[list[Cargo], torch.Tensor]:
-        """Gathers what moves. Also says which local members give NaN or inf: bool of shape `(num_local,)`."""
-        cargos, bad = [], torch.zeros(len(self._members), dtype=torch.bool, device=self._device)
+    def _load(self, draft: "_Draft | None", planes: Sequence[Plane]) -> tuple[list[Cargo], list[Array]]:
+        """Gathers what moves. Also says, for each plane, which local members give NaN or inf."""
+        cargos: list[Cargo] = []
+        bad: list[Array] = []
         if draft is None:
             return cargos, bad
         for plane in planes:
-            path = draft.route(self._tensors.select(plane))
+            path = draft.route(self._selections[plane])
             values, flags = self._tensors.gather(plane, path)
             cargos.append(Cargo(plane, path, values))
-            bad |= flags
+            bad.append(flags)
         return cargos, bad
 
-    def _header(self, digest: bytes, step: int, flags: int, bad: torch.Tensor) -> torch.Tensor:
-        words = torch.zeros(self._header_words, dtype=torch.int64)
-        words[:_BAD] = torch.tensor([int.from_bytes(digest, "little", signed=True), step, flags])
-        header = words.to(self._wire.device if self._wire else self._device)
+    def _header(self, digest: bytes, step: int, flags: int, bad: Sequence[Array]) -> Array:
+        words = np.zeros(self._header_words, dtype=np.int64)
+        words[:_BAD] = int.from_bytes(digest, "little", signed=True), step, flags
         # One bit for each local member, 64 of them in a word.
-        bits = bad.to(header.device, torch.int64) << (torch.arange(len(bad), device=header.device) % 64)
-        header[_BAD:] = nn.functional.pad(bits, (0, -len(bits) % 64)).view(-1, 64).sum(dim=1)
+        places = np.arange(len(self._members)) % 64
+        if not self._late:
+            for flags_of_plane in bad:
+                if flags_of_plane.any():
+                    bits = np.asarray(torch.as_tensor(flags_of_plane).cpu()).astype(np.int64) << places
+                    words[_BAD:] |= np.bitwise_or.reduceat(bits, np.arange(0, len(bits), 64))
+            return words
+        # What is bad is known on the device only, and is not waited for.
+        header = to_device(words, self._device)
+        if bad:
+            set_bits = torch.stack(list(bad)).any(dim=0).to(torch.int64) << to_device(places, self._device)
+            padding = (0, -len(set_bits) % 64)
+            header[_BAD:] = nn.functional.pad(set_bits, padding).view(-1, 64).sum(dim=1)
         return header
 
-    def _exchange(
-        self, header: torch.Tensor, cargos: Sequence[Cargo], planes: Sequence[Plane]
-    ) -> tuple[torch.Tensor, list[torch.Tensor], int, float]:
+    def _exchange(self, header: Array, cargos: Sequence[Cargo]) -> tuple[Array, list[Array], int, float]:
         """As [`Wire.exchange`], and with one process the same without a wire."""
         if self._wire is None:
             return header[None], [reorder(cargo.values, cargo.path.arrival_order) for cargo in cargos], 0, 0.0
-        num_local = len(self._members)
-        room = 0
-        for plane in planes:
-            expected = sum(self._expected[tensor] for tensor in plane.tensors) * num_local**2 / self._num_members
-            room += room_for_values(expected, num_local, plane.dtype.itemsize)
-        return self._wire.exchange(header, cargos, room)
+        return self._wire.exchange(header, cargos, self._room)
 
-    def _judge(self, headers: torch.Tensor, step: int, digest: bytes) -> tuple[bool, bool]:
+    def _judge(self, headers: Array, step: int, digest: bytes) -> tuple[bool, bool]:
         """Raises what the headers of all processes give reason for. Returns whether to stop, and to agree on the state."""
         own = [int.from_bytes(digest, "little", signed=True), step]
         lines = headers.tolist()
@@ -506,7 +532,7 @@ class WashMixer:
         for cargo in cargos:
             assert draft is not None
             width = cargo.plane.dtype.itemsize
-            everywhere = draft.population_values(cargo.plane.tensors)
+            everywhere = draft.population_values[cargo.plane.tensors]
             values, size = values + len(cargo.values), size + len(cargo.values) * width
             all_values, all_size = all_values + everywhere, all_size + everywhere * width
         return MixStats(values, size, sent, False, stop, all_values, all_size, waited)
@@ -521,7 +547,8 @@ class _Draft:
         self.plan = planner.draw(step)
         self._members = members
         self._num_processes = num_processes
-        self._moved = self.plan.values_moved_by_tensor
+        # For each set of tensors, how many values change owner over all members.
+        self.population_values: dict[tuple[int, ...], int] = {}
         self._routes: dict[Selection, Route] = {}
         for selection in selections:
             self.route(selection)
@@ -530,11 +557,9 @@ class _Draft:
         """The route of a selection; worked out now if it was not foreseen, as that of a state that is new."""
         if selection not in self._routes:
             self._routes[selection] = route(self.plan, selection, self._members, self._num_processes)
+            moved = self.plan.values_moved_by_tensor[list(selection.tensors)].sum()
+            self.population_values[selection.tensors] = int(moved)
         return self._routes[selection]
-
-    def population_values(self, tensors: Sequence[int]) -> int:
-        """How many values of these tensors change owner, over all members."""
-        return int(self._moved[list(tensors)].sum())
 
 
 def _planes(layout: Sequence[Sequence[tuple[str | None, torch.dtype]]]) -> list[Plane]:

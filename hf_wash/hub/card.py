@@ -370,8 +370,8 @@ class WashCard:
         if self.method == "wash":
             text += (
                 "While training, they kept swapping a small, randomly chosen part of their weights with one another "
-                "(a method called WASH). Each weight stays in its place and only changes its owner, so that little is "
-                "sent, the models stay different, and yet close enough to each other for their average to work. "
+                "(a method called WASH). A weight stays in its place and only changes its owner, which is meant to keep "
+                "the models close enough to each other to be averaged, and different enough for that to be worth it. "
             )
         elif self.method == "independent":
             text += "They exchanged nothing while training. "

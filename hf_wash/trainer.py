@@ -1599,7 +1599,8 @@ class WashTrainer(Trainer):
         device = args.device
         processes = self.population.world_size
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
-        each = f", {torch.get_num_threads()} threads each" if device.type == "cpu" else ""
+        threads = torch.get_num_threads()
+        each = f", {threads} thread{'s' if threads > 1 else ''} each" if device.type == "cpu" else ""
         soup: dict[str, Any] = {"method": args.soup}
         if has_batch_norm(model):
             soup["batch_norm"] = args.soup_batch_norm

@@ -152,7 +152,7 @@ class TrainVitConfig(WashConfig):
     _argument_group_name = "population and training (fields of WashConfig and TrainingArguments)"
 
     output_dir: str | None = default("output_dir", "outputs/vit")
-    num_train_epochs: float = default("num_train_epochs", 30)
+    num_train_epochs: float = default("num_train_epochs", 20)
     per_device_train_batch_size: int = default("per_device_train_batch_size", 64)
     per_device_eval_batch_size: int = default("per_device_eval_batch_size", 128)
     learning_rate: float = default("learning_rate", 1e-3)
@@ -163,7 +163,7 @@ class TrainVitConfig(WashConfig):
     save_strategy: str = default("save_strategy", "no")
     # The images are opened and augmented when they are needed, and the Trainer would remove their column before that.
     remove_unused_columns: bool = default("remove_unused_columns", False)
-    shuffle_probability: float | None = default(  # type: ignore[assignment]
+    shuffle_probability: float | None = default(
         "shuffle_probability",
         None,
         help="The paper's p: probability, in [0, 1], that a first-layer weight is shuffled in a step. By default "
@@ -204,6 +204,7 @@ class ImageData:
     """A labelled training set and a labelled evaluation set, and which of their columns are what."""
 
     name: str
+    hub_id: str | None
     train: Dataset
     eval: Dataset
     image_column: str
@@ -374,9 +375,15 @@ def load_data(arguments: DataArguments, token: str | None = None) -> ImageData:
             )
     if train.features[label_column].num_classes < 2:
         raise ValueError(f"There is only one class, {train.features[label_column].names}: nothing to tell apart.")
+    if arguments.data_dir:
+        name = os.path.basename(os.path.abspath(arguments.data_dir))
+    else:
+        name = arguments.dataset_name or DIGITS
     return ImageData(
-        name=arguments.dataset_name
-        or (os.path.basename(os.path.abspath(arguments.data_dir)) if arguments.data_dir else DIGITS),
+        name=name,
+        hub_id=arguments.dataset_name
+        if arguments.dataset_name and not os.path.exists(arguments.dataset_name)
+        else None,
         train=at_most(train, arguments.max_train_samples),
         eval=at_most(evaluation, arguments.max_eval_samples),
         image_column=image_column,
@@ -635,10 +642,11 @@ def main() -> None:
     metrics = {**trained.metrics, **trainer.evaluate()}
     trainer.save_metrics("all", metrics)
     trainer.save_state()
-    card = {
+    card: dict[str, Any] = {
         "tasks": "image-classification",
         "tags": ["wash", "model-soup"],
         "dataset": data.name,
+        "dataset_tags": data.hub_id,
         "finetuned_from": recipe.finetuned_from,
     }
     trainer.create_model_card(**card)

@@ -304,7 +304,7 @@ def test_a_flag_wins_over_the_examples_defaults_and_the_rest_keeps_them(train_vi
     _, _, config = train_vit.parse(["--learning_rate", "0.5", "--use_cpu"])
     assert config.learning_rate == 0.5
     assert config.shuffle_stop == 0.75
-    assert config.num_train_epochs == 30
+    assert config.num_train_epochs == 20
 
 
 def test_probability_fits_the_length_of_the_run_unless_it_is_given(train_vit):

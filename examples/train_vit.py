@@ -12,6 +12,9 @@ soup: one model, to be used like any other.
 `--help` lists the flags; every field of `WashConfig` and of `TrainingArguments` is one.
 """
 
+import argparse
+import copy
+import dataclasses
 import difflib
 import math
 import os
@@ -36,6 +39,7 @@ from transformers import (
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
+    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -149,7 +153,7 @@ def default(name: str, value: Any, help: str | None = None) -> Any:
 class TrainVitConfig(WashConfig):
     """[`WashConfig`] with defaults under which a small model learns a small data set within minutes."""
 
-    _argument_group_name = "population and training (fields of WashConfig and TrainingArguments)"
+    _argument_group_name = "training, of each member (TrainingArguments)"
 
     output_dir: str | None = default("output_dir", "outputs/vit")
     num_train_epochs: float = default("num_train_epochs", 20)
@@ -592,14 +596,39 @@ def results_table(metrics: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def parse(arguments: list[str] | None = None) -> tuple[DataArguments, ModelArguments, TrainVitConfig]:
-    """The command line, as three groups of options."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One line for each option: not its spelling with hyphens too, and no default where that is None."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.option_strings and action.dest != "help":
+            action = copy.copy(action)
+            action.option_strings = action.option_strings[:1]
+        return super()._format_action_invocation(action)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def make_parser() -> HfArgumentParser:
+    """All options; those of the population apart from the hundred and more that every Trainer has."""
     parser = HfArgumentParser(
         [DataArguments, ModelArguments, TrainVitConfig],
         description=__doc__.split("\n\n")[0].strip(),
         usage="%(prog)s [--flag value ...]",
+        formatter_class=HelpFormatter,
     )
-    return parser.parse_args_into_dataclasses(args=arguments)
+    inherited = {option.name for option in dataclasses.fields(TrainingArguments)}
+    training = parser._action_groups[-1]
+    population = parser.add_argument_group("population (what WashConfig adds to TrainingArguments)")
+    population._group_actions = [action for action in training._group_actions if action.dest not in inherited]
+    training._group_actions = [action for action in training._group_actions if action.dest in inherited]
+    parser._action_groups[-2:] = [population, training]
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> tuple[DataArguments, ModelArguments, TrainVitConfig]:
+    """The command line, as three groups of options."""
+    return make_parser().parse_args_into_dataclasses(args=arguments)
 
 
 def prepare(arguments: list[str] | None = None) -> tuple[WashTrainer, ImageData, Recipe]:

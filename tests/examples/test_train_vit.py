@@ -327,6 +327,10 @@ def test_help_lists_every_option_with_its_group(train_vit_script):
     for expected in ("--shuffle_schedule", "{wash,", "--timm_architecture", "--learning_rate", "--data_dir"):
         assert expected in shown
     assert shown.startswith("usage: train_vit.py [--flag value ...]")
+    titles = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert [title.split()[0].strip(":,") for title in titles] == ["options", "data", "model", "population", "training"]
+    population = shown.split("\npopulation (")[1].split("\ntraining, ")[0]
+    assert "--population_size" in population and "--learning_rate" not in population
 
 
 @pytest.mark.parametrize(

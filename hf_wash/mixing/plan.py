@@ -268,7 +268,10 @@ class Planner:
             [`Plan`]: The plan, the same for the same arguments on every process, layout and machine.
         """
         # The step is the third word of the counter, so each step has 2^128 blocks of words of its own.
-        words = Philox(key=[self.seed, _KEY], counter=[0, 0, step, 0])
+        # As arrays, since NumPy 2.4 makes floats of a list with an integer from 2^63 on.
+        words = Philox(
+            key=np.array([self.seed, _KEY], dtype=np.uint64), counter=np.array([0, 0, step, 0], dtype=np.uint64)
+        )
         moved = self._draw_sparse(words)
         if self._dense:
             pieces, done = [], 0

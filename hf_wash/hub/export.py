@@ -116,9 +116,10 @@ def export_model(
     elif kind == "peft":
         _write_peft(model, folder, weights)
     else:
+        saved: Any = model
         with _quiet():
             # A dict of its own: transformers 5 renames the keys of the one it gets to those of older checkpoints.
-            model.save_pretrained(folder, state_dict=dict(weights))
+            saved.save_pretrained(folder, state_dict=dict(weights))
     if kind != "timm" and processing_class is not None and not _is_timm_processor(processing_class):
         processing_class.save_pretrained(folder)
     if check:
@@ -188,10 +189,10 @@ class _Check:
     def __init__(
         self,
         folder: Path,
-        model: nn.Module,
+        model: Any,
         kind: str,
         weights: Mapping[str, torch.Tensor],
-        inputs: torch.Tensor | Mapping[str, torch.Tensor],
+        inputs: Any,
         tolerance: float,
     ):
         self.folder, self.model, self.kind, self.weights, self.tolerance = folder, model, kind, weights, tolerance
@@ -211,7 +212,7 @@ class _Check:
         except Exception as error:
             self.fail(loader, f"cannot load it ({type(error).__name__}: {error}).", error)
 
-    def logits_of(self, model: nn.Module) -> torch.Tensor:
+    def logits_of(self, model: Any) -> torch.Tensor:
         inputs = self.inputs
         if _is_bare_timm(model):
             inputs = inputs["pixel_values"] if _named(inputs) else inputs
@@ -234,7 +235,7 @@ class _Check:
 
     def safetensors(self) -> None:
         loader = "safetensors.safe_open"
-        written = {}
+        written: dict[str, Path] = {}
         with self.loading(loader):
             for file in sorted(self.folder.glob("*.safetensors")):
                 with safe_open(file, framework="pt") as content:
@@ -270,7 +271,7 @@ class _Check:
 
         loader = 'timm.create_model("local-dir:…", pretrained=True)'
         with self.loading(loader):
-            loaded = timm.create_model(f"local-dir:{self.folder}", pretrained=True)
+            loaded: Any = timm.create_model(f"local-dir:{self.folder}", pretrained=True)
         self.compare("timm", loader, self.logits_of(_to_float(loaded).eval()), self.expected, "logits")
         names = _class_names(self.model)
         if names is not None and list(loaded.pretrained_cfg.get("label_names") or []) != names:
@@ -286,7 +287,7 @@ class _Check:
         self.compare("peft", loader, self.logits_of(_to_float(loaded).eval()), self.expected, "logits")
 
     def takes_rgb_images(self) -> bool:
-        images = self.inputs.get("pixel_values") if _named(self.inputs) else self.inputs
+        images: Any = self.inputs.get("pixel_values") if _named(self.inputs) else self.inputs
         has_processor = self.kind == "timm" or (self.folder / "preprocessor_config.json").is_file()
         return has_processor and images is not None and images.ndim == 4 and images.shape[1] == 3
 
@@ -319,7 +320,7 @@ class _Check:
 # --- what kind of model it is -----------------------------------------------------------------------------------------
 
 
-def _kind(model: nn.Module) -> str:
+def _kind(model: Any) -> str:
     from transformers import PreTrainedModel
 
     if _is_peft(model):
@@ -339,7 +340,7 @@ def _kind(model: nn.Module) -> str:
     )
 
 
-def _is_peft(model: nn.Module) -> bool:
+def _is_peft(model: Any) -> bool:
     try:
         from peft import PeftModel
     except ImportError:
@@ -347,13 +348,13 @@ def _is_peft(model: nn.Module) -> bool:
     return isinstance(model, PeftModel)
 
 
-def _wrapped_timm(model: nn.Module) -> nn.Module | None:
+def _wrapped_timm(model: Any) -> Any:
     from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
     return model.timm_model if isinstance(model, TimmWrapperPreTrainedModel) else None
 
 
-def _is_bare_timm(model: nn.Module) -> bool:
+def _is_bare_timm(model: Any) -> bool:
     from transformers import PreTrainedModel
 
     return isinstance(getattr(model, "pretrained_cfg", None), dict) and not isinstance(model, PreTrainedModel)
@@ -363,7 +364,7 @@ def _is_timm_processor(processing_class: Any) -> bool:
     return type(processing_class).__name__ == "TimmWrapperImageProcessor"
 
 
-def _loader_class(model: nn.Module) -> Any:
+def _loader_class(model: Any) -> Any:
     from transformers import AutoModelForImageClassification
 
     if _is_bare_timm(model):
@@ -373,7 +374,7 @@ def _loader_class(model: nn.Module) -> Any:
     return AutoModelForImageClassification if type(model) in classes else type(model)
 
 
-def _class_names(model: nn.Module) -> list[str] | None:
+def _class_names(model: Any) -> list[str] | None:
     """Class names by index, or None where the model has none (a bare timm model that was not told)."""
     if _is_bare_timm(model):
         names = model.pretrained_cfg.get("label_names")
@@ -384,9 +385,7 @@ def _class_names(model: nn.Module) -> list[str] | None:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _complete_weights(
-    model: nn.Module, kind: str, state_dict: Mapping[str, torch.Tensor] | None
-) -> dict[str, torch.Tensor]:
+def _complete_weights(model: Any, kind: str, state_dict: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
     own = model.state_dict()
     if state_dict is None:
         return own
@@ -400,7 +399,7 @@ def _complete_weights(
     return weights
 
 
-def _copy_on_cpu(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+def _copy_on_cpu(model: Any, weights: Mapping[str, torch.Tensor]) -> Any:
     """A copy of `model` with `weights`, made without a second copy of the weights on the model's own device."""
     memo: dict[int, Any] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -442,7 +441,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_timm(model: nn.Module, folder: Path, weights: Mapping[str, torch.Tensor], processing_class: Any) -> None:
+def _write_timm(model: Any, folder: Path, weights: Mapping[str, torch.Tensor], processing_class: Any) -> None:
     config = _timm_config(model, processing_class)
     save_file(_timm_weights(weights), folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", config)
@@ -450,7 +449,7 @@ def _write_timm(model: nn.Module, folder: Path, weights: Mapping[str, torch.Tens
     (folder / "preprocessor_config.json").unlink(missing_ok=True)
 
 
-def _timm_config(model: nn.Module, processing_class: Any = None) -> dict[str, Any]:
+def _timm_config(model: Any, processing_class: Any = None) -> dict[str, Any]:
     """A `config.json` from which timm and transformers build the same model, with the same preprocessing."""
     # Not public in timm 1.0.31, but its public callers write their own weights, too.
     from timm.models._hub import save_config_for_hf
@@ -538,14 +537,14 @@ def _timm_preprocessing(processing_class: Any, input_size: list[int]) -> dict[st
     }
 
 
-def _active_adapter(model: nn.Module) -> str:
+def _active_adapter(model: Any) -> str:
     active = model.active_adapters
     if len(active) != 1:
         raise ValueError(f"One adapter is exported at a time, and the model has {len(active)} active ones: {active}.")
     return active[0]
 
 
-def _write_peft(model: nn.Module, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+def _write_peft(model: Any, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
     # Not `save_pretrained`: it writes over the model card, and puts an adapter with a name of its own in a subfolder.
     from peft import get_peft_model_state_dict
 
@@ -572,7 +571,7 @@ def _write_peft(model: nn.Module, folder: Path, weights: Mapping[str, torch.Tens
 # --- checking ---------------------------------------------------------------------------------------------------------
 
 
-def _example_for(model: nn.Module, kind: str) -> torch.Tensor | dict[str, torch.Tensor]:
+def _example_for(model: Any, kind: str) -> torch.Tensor | dict[str, torch.Tensor]:
     """Two inputs of noise, from a generator of their own."""
     if kind == "peft":
         model = model.get_base_model()

@@ -168,7 +168,7 @@ def _load_complete(folder: Path, config: Any = None) -> nn.Module:
     own_config = config is None
     if own_config:
         config = _config_of(folder / "config.json")
-    loader = AutoModelForImageClassification
+    loader: Any = AutoModelForImageClassification
     if type(config) not in AutoModelForImageClassification._model_mapping:
         names = config.architectures or []
         loader = getattr(transformers, names[0], None) if names else None

@@ -85,7 +85,7 @@ def _tracking_layers(model: nn.Module) -> list[_BatchNorm]:
     ]
 
 
-def _statistics(layer: _BatchNorm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _statistics(layer: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return layer.running_mean, layer.running_var, layer.num_batches_tracked
 
 

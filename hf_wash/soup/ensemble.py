@@ -64,7 +64,8 @@ class Ensemble(nn.Module):
             What members return: a tensor of shape `(batch_size, num_classes)`, or an output of the members' class with
             `logits` (and `loss`) and nothing else, or a tuple of these. At least float32.
         """
-        total, first = None, None
+        total: Any = None
+        first: Any = None
         for member in self.members:
             output = member(*args, **kwargs)
             first = output if first is None else first

@@ -68,7 +68,8 @@ def mean_of_sources(sources: Sequence[WeightSource]) -> dict[str, torch.Tensor]:
         check_alike(first, other)
     # The whole result is allocated before the first sum: results and sums in turn would leave holes in the heap that
     # fit neither, and take up to twice the memory.
-    soup, averaged = {}, []
+    soup: dict[str, torch.Tensor] = {}
+    averaged = []
     for name in first.specs:
         value = first.read(name)
         tied_to = first.ties.get(name)
@@ -99,8 +100,11 @@ def _blocks(shape: tuple[int, ...]) -> list[slice | None]:
 
 
 def _mean_of_stream(members: Iterable) -> dict[str, torch.Tensor]:
-    first, totals, ties, count = None, {}, {}, 0
-    kept, likeness = {}, {}
+    first, count = None, 0
+    ties: dict[str, str] = {}
+    totals: dict[str, torch.Tensor] = {}
+    kept: dict[str, Any] = {}
+    likeness: dict[str, torch.Tensor] = {}
     for member in members:
         source = open_member(member, count)
         if first is None:
@@ -130,7 +134,7 @@ def _mean_of_stream(members: Iterable) -> dict[str, torch.Tensor]:
         del source, member
     if first is None:
         raise ValueError("A soup needs at least one member, and there is none to draw from the iterable.")
-    soup = {}
+    soup: dict[str, torch.Tensor] = {}
     for name in first.specs:
         if name in ties:
             soup[name] = soup[ties[name]]

@@ -70,7 +70,9 @@ class WeightSource:
 class _StateDictSource(WeightSource):
     def __init__(self, description: str, state_dict: Mapping[str, Any]):
         self._state_dict = state_dict
-        specs, ties, owner = {}, {}, {}
+        specs: dict[str, tuple] = {}
+        ties: dict[str, str] = {}
+        owner: dict[tuple, str] = {}
         for name, value in state_dict.items():
             if not isinstance(value, torch.Tensor):
                 specs[name] = (type(value),)
@@ -96,8 +98,8 @@ class _StateDictSource(WeightSource):
 
 class _SafetensorsSource(WeightSource):
     def __init__(self, description: str, files: list[Path]):
-        self._file_of = {}
-        specs = {}
+        self._file_of: dict[str, Path] = {}
+        specs: dict[str, tuple] = {}
         for file in files:
             try:
                 with safe_open(file, framework="pt") as weights:

@@ -32,6 +32,8 @@ from hf_wash.hub import export_model
 from hf_wash.soup import uniform_soup
 
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs" / "hub_compatibility.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 TOLERANCE = 1e-5

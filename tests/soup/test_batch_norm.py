@@ -144,6 +144,22 @@ def test_timm_layers_that_hold_an_activation_are_recalibrated():
     assert not any(module.training for module in model.modules())
 
 
+def test_a_dropout_inside_a_batch_norm_layer_stays_off():
+    class Layer(nn.BatchNorm2d):  # as timm's BatchNormAct2d is made
+        def __init__(self):
+            super().__init__(3)
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, images):
+            return self.drop(super().forward(images))
+
+    model = nn.Sequential(Layer(), nn.BatchNorm2d(3))
+    state = torch.get_rng_state()
+    recalibrate_batch_norm(model, batches())
+    assert torch.equal(state, torch.get_rng_state())
+    torch.testing.assert_close(model[1].running_var, torch.ones(3), atol=0.02, rtol=0)
+
+
 def test_recalibration_repairs_a_soup_whose_statistics_are_wrong():
     torch.manual_seed(0)
     data = batches(8, 32)

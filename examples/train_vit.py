@@ -22,7 +22,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import numpy as np
@@ -657,15 +657,26 @@ def prepare(arguments: list[str] | None = None) -> tuple[WashTrainer, ImageData,
     return trainer, data, recipe
 
 
+def refuse(error: Exception) -> NoReturn:
+    """End with one line on stderr and exit code 1."""
+    rank = os.environ.get("RANK", "0")
+    sys.exit(f"train_vit.py: error{'' if rank == '0' else f' (process {rank})'}: {error}")
+
+
 def main() -> None:
     try:
         trainer, data, recipe = prepare()
     except ValueError as error:
-        rank = os.environ.get("RANK", "0")
-        sys.exit(f"train_vit.py: error{'' if rank == '0' else f' (process {rank})'}: {error}")
+        refuse(error)
     config = trainer.args
 
-    trained = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    try:
+        trained = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    except ValueError as error:
+        if trainer.state.global_step > 0:
+            raise
+        # Before the first step it is still the input that is wrong: no such checkpoint, say.
+        refuse(error)
     trainer.save_model()
     trainer.save_members()
     metrics = {**trained.metrics, **trainer.evaluate()}

@@ -134,6 +134,11 @@ def test_a_users_mistake_ends_all_processes(launch, train_vit_script, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_checkpoint_that_is_not_there_is_one_line_too(run_here):
+    with pytest.raises(SystemExit, match=r"train_vit\.py: error: .*nowhere"):
+        run_here("--resume_from_checkpoint", "nowhere")
+
+
 def test_independent_members_start_apart(run_here, train_vit):
     folder, printed = run_here("--mixing", "independent", "--same_init", "False")
     assert "mixing: independent" in printed

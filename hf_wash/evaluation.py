@@ -186,7 +186,7 @@ def predict_batches(
     main_input: str | None = None,
     preprocess_logits: Callable | None = None,
     on_batch: Callable[[], None] = lambda: None,
-    together: Callable[[int, int, list, Any], None] | None = None,
+    together: Callable[[int, int, list, Any, Any], None] | None = None,
 ) -> list[Predictions]:
     """
     Let each model predict each batch, drawing every batch once.
@@ -198,8 +198,8 @@ def predict_batches(
         main_input (`str`, *optional*): Also keep this entry of each batch.
         preprocess_logits (`Callable`, *optional*): From logits and labels to what is kept of the logits.
         on_batch (`Callable`, *optional*): Called after each batch.
-        together (`Callable`, *optional*): Called after each batch with its index, its size, all models' logits and
-            the labels.
+        together (`Callable`, *optional*): Called after each batch with its index, its size, all models' logits, the
+            labels and the entry that is kept.
 
     Returns:
         `list[Predictions]`: One for each model.
@@ -208,14 +208,14 @@ def predict_batches(
     for index, inputs in batches:
         size = find_batch_size(inputs) or 0
         all_logits, labels = [], None
+        kept = inputs[main_input] if main_input is not None else None
         for model, result in zip(models, results, strict=True):
             loss, logits, labels = step(model, inputs)
             all_logits.append(logits)
             if preprocess_logits is not None and logits is not None:
                 logits = preprocess_logits(logits, labels)
-            kept = inputs[main_input] if main_input is not None else None
             result.add(index, size, loss, logits, labels, kept)
         if together is not None:
-            together(index, size, all_logits, labels)
+            together(index, size, all_logits, labels, kept)
         on_batch()
     return results

@@ -1057,7 +1057,7 @@ class WashTrainer(Trainer):
 
         ensemble = evaluation.Predictions()
 
-        def together(index, size, logits, labels):
+        def together(index, size, logits, labels, inputs):
             own = logits[1:] if shared_pass else logits
             if any(not isinstance(value, torch.Tensor) or value.ndim != 2 for value in own):
                 return
@@ -1066,7 +1066,7 @@ class WashTrainer(Trainer):
             loss = self._ensemble_loss(mean, labels) if labels is not None else None
             if self.preprocess_logits_for_metrics is not None:
                 mean = self.preprocess_logits_for_metrics(mean, labels)
-            ensemble.add(index, size, loss, mean, labels)
+            ensemble.add(index, size, loss, mean, labels, inputs)
 
         single = population.size == 1 and with_members
         results = evaluation.predict_batches(

@@ -163,7 +163,11 @@ def greedy(folder):
         eval_steps=8, trainer={"members": members},
     )  # fmt: skip
     trainer.train()
-    return {**outcome(trainer), "chosen": list(trainer.greedy_record.indices), "scores": list(trainer.greedy_record.member_scores)}
+    return {
+        **outcome(trainer),
+        "chosen": list(trainer.greedy_record.indices),
+        "scores": list(trainer.greedy_record.member_scores),
+    }
 
 
 def checkpointed(folder):

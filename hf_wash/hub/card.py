@@ -320,6 +320,7 @@ class WashCard:
             kind = f"an adapter for {kind}"
         details = []
         architecture = self.config.get("architecture") or next(iter(self.config.get("architectures") or []), None)
+        architecture = architecture or self.record.get("model", {}).get("class")
         if architecture:
             details.append(f"`{architecture}`")
         parameters = self.record.get("model", {}).get("parameters") or self.values

@@ -97,7 +97,7 @@ def test_damage_is_named_and_skipped_for_the_checkpoint_before(copied, damage):
         checkpoint.verify(copied / "checkpoint-8")
     found, skipped = checkpoint.newest_complete(copied)
     assert found.name == "checkpoint-4"
-    ((path, reason),) = skipped
+    ((path, _reason),) = skipped
     assert path.name == "checkpoint-8"
     with pytest.raises(ValueError, match="Cannot resume"):
         resume(copied, str(copied / "checkpoint-8"))
@@ -186,7 +186,7 @@ def test_loading_runs_no_code(copied):
     manifest = json.loads((copied / "checkpoint-8" / "population.json").read_text())
     manifest["files"]["member_0/optimizer.pt"] = checkpoint.file_record(path)
     (copied / "checkpoint-8" / "population.json").write_text(json.dumps(manifest))
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(Exception, match=r"weights_only|Weights only"):
         resume(copied)
     assert not (copied / "exploded").exists()
 

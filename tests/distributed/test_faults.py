@@ -29,7 +29,7 @@ class Run:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        self.log = open(self.folder / "log.txt", "ab")
+        self.log = (self.folder / "log.txt").open("ab")
         self.process = subprocess.Popen(
             [*command, str(SCRIPT), str(folder), str(steps), *map(str, args)],
             stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, start_new_session=True,

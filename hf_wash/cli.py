@@ -49,9 +49,6 @@ def main(arguments: list[str] | None = None) -> None:
     """The entry point of `hf-wash`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(format="hf-wash: %(message)s", level=logging.WARNING, stream=sys.stderr)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         code = app(arguments or ["--help"], standalone_mode=False)
     except KeyboardInterrupt:
@@ -416,6 +413,7 @@ def push(
 
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
+    _no_bars_in_files()
 
     def write(repo_id: str) -> None:
         # Only where a run has said what to write; any other model keeps the card it has.
@@ -530,9 +528,18 @@ def _note(text: str) -> None:
     print(f"hf-wash: {text}", file=sys.stderr)
 
 
+def _no_bars_in_files() -> None:
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+
+
 def _quiet() -> None:
     """What loading has to say of itself is not what the user asked about."""
     import transformers
+
+    _no_bars_in_files()
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -396,6 +396,24 @@ class WashMixer:
         event.synchronize()
         self._stop_seen, self._agree_first = self._judge(headers, step, digest)
 
+    def prepare(self, step: int) -> None:
+        """
+        Draws the plan of a step and returns when it is there, so that [`WashMixer.mix`] has only to carry values.
+
+        Not needed in a loop: [`WashMixer.mix`] has the plan of the next step drawn in a thread while the caller
+        computes, going by the distance between the last two. It serves where the next step is another one.
+
+        Args:
+            step (`int`):
+                The step of the next call of [`WashMixer.mix`].
+        """
+        if self._num_members == 1:
+            return
+        if self._ahead is None or self._ahead[0] != step:
+            self._submit(step)
+        assert self._ahead is not None
+        self._ahead[1].result()
+
     def _look_at_state(self) -> bool:
         """Finds out which of the optimizers' state there is. Returns whether the other processes do not know yet."""
         if self._states is None:
@@ -446,16 +464,18 @@ class WashMixer:
         if self._last_step is not None and step > self._last_step:
             self._interval = step - self._last_step
         self._last_step = step
+        self._submit(step + self._interval)
+
+    def _submit(self, step: int) -> None:
         if self._executor is None:
             self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf_wash-plan")
             weakref.finalize(self, self._executor.shutdown, wait=False, cancel_futures=True)
         if self._ahead is not None:
             self._ahead[1].cancel()
         selections = list(self._selections.values())
-        expected = step + self._interval
         # The thread gets no reference to the mixer, so that it cannot keep members alive.
-        arguments = (self._planner, expected, selections, self._members, self._num_processes)
-        self._ahead = (expected, self._executor.submit(_Draft, *arguments))
+        arguments = (self._planner, step, selections, self._members, self._num_processes)
+        self._ahead = (step, self._executor.submit(_Draft, *arguments))
 
     def _load(self, draft: "_Draft | None", planes: Sequence[Plane]) -> tuple[list[Cargo], list[Array]]:
         """Gathers what moves. Also says, for each plane, which local members give NaN or inf."""

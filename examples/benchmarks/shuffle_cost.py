@@ -1,0 +1,265 @@
+#!/usr/bin/env python
+"""
+What a shuffle costs, against the floor of what it has to do and against what others do.
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/benchmarks/shuffle_cost.py --json shuffle_cost.json
+    python examples/benchmarks/shuffle_cost.py --device cuda       # members in one process, on a GPU
+
+Everything is measured in one run, in rounds: each round measures each thing once, so that other work on the machine
+meets all alike. The median over rounds is reported, as seen by the slowest process. In milliseconds:
+
+- plan: drawing the plan and working out the routes. It runs beside the training step, so it is not part of `mix drawn`
+- mix drawn: `mix()` with the plan drawn already; mix: `mix()` and the plan, one after the other
+- floor: a bare all-to-all of as many bytes, with the fastest gather and scatter of as many values, tensor by tensor
+- mask: a dense random mask over all parameters, which is the least that a mask costs
+- SPARTA: as in its public code, a mask drawn and broadcast for each tensor and the selected values all-reduced; and
+  derived, the same with masks that every process draws from a seed
+- all-reduce: the whole model at once, what DDP pays each step and PAPA each tenth
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hf_wash.mixing import WashMixer, layer_probabilities, shuffled_layers
+from hf_wash.mixing.exchange import Selection, route
+from hf_wash.mixing.plan import Planner
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "ViT-S/16": lambda: timm.create_model("vit_small_patch16_224", pretrained=False),
+    "ViT-B/16": lambda: timm.create_model("vit_base_patch16_224", pretrained=False),
+    # The stem of CIFAR's ResNets: 3×3 without stride, no pooling.
+    "ResNet-18": lambda: timm.create_model("resnet18", pretrained=False, num_classes=100),
+    "ResNet-50": lambda: timm.create_model("resnet50", pretrained=False),
+}
+COLUMNS = ["plan", "mix drawn", "mix", "floor", "mask", "SPARTA", "SPARTA derived", "all-reduce"]
+
+
+def build(name: str) -> nn.Module:
+    model = MODELS[name]()
+    if name == "ResNet-18":
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+    return model
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """How long a call takes, started together on all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+class Floor:
+    """The bare transfer of as many values: nothing is checked, ordered or counted."""
+
+    def __init__(self, tensors: list[torch.Tensor], counts: list[int], device: torch.device):
+        generator = np.random.default_rng(0)
+        places = [np.sort(generator.choice(t.numel(), k, replace=False)) for t, k in zip(tensors, counts, strict=True)]
+        used = [(t.detach().view(-1), p) for t, p in zip(tensors, places, strict=True) if len(p)]
+        self.size = sum(len(p) for _, p in used)
+        self.send, self.receive = (torch.zeros(self.size, device=device) for _ in range(2))
+        # Its own values come back, so that the model stays what it is.
+        bounds = np.cumsum([0, *(len(p) for _, p in used)])
+        if device.type == "cpu":
+            send, receive = self.send.numpy(), self.receive.numpy()
+            self.pieces = [
+                (t.numpy(), p, send[a:b], receive[a:b])
+                for (t, p), a, b in zip(used, bounds[:-1], bounds[1:], strict=True)
+            ]
+        else:
+            self.pieces = [
+                (t, torch.from_numpy(p).to(device), self.send[a:b], self.receive[a:b])
+                for (t, p), a, b in zip(used, bounds[:-1], bounds[1:], strict=True)
+            ]
+        self.on_host = device.type == "cpu"
+
+    def __call__(self):
+        for tensor, places, out, _ in self.pieces:
+            if self.on_host:
+                tensor.take(places, out=out, mode="clip")
+            else:
+                torch.index_select(tensor, 0, places, out=out)
+        if dist.is_initialized():
+            world, rank = dist.get_world_size(), dist.get_rank()
+            split = [self.size // (world - 1)] * world
+            split[rank] = 0
+            split[(rank + 1) % world] += self.size - sum(split)
+            received = list(split)
+            # Sizes have to match between each pair; the remainder goes round the ring.
+            extra = self.size % (world - 1) if world > 1 else 0
+            received[(rank + 1) % world] -= extra
+            received[(rank - 1) % world] += extra
+            dist.all_to_all_single(
+                self.receive.view(torch.uint8),
+                self.send.view(torch.uint8),
+                [4 * n for n in received],
+                [4 * n for n in split],
+            )
+        else:
+            self.receive.copy_(self.send)
+        for tensor, places, _, new in self.pieces:
+            tensor[places] = new
+
+
+def sparta(parameters: list[torch.Tensor], probability: float, broadcast: bool) -> None:
+    """Averages a random fraction of each tensor, with a mask as large as the tensor."""
+    for parameter in parameters:
+        mask = torch.bernoulli(torch.full(parameter.shape, probability, device=parameter.device)).bool()
+        if broadcast:
+            dist.broadcast(mask, 0)
+        selected = parameter.data[mask]
+        dist.all_reduce(selected)
+        parameter.data.masked_scatter_(mask, selected / dist.get_world_size())
+
+
+def measure(name: str, probability: float, with_state: bool, rounds: int, device: torch.device, local: int) -> dict:
+    torch.manual_seed(0)
+    members = [build(name).to(device) for _ in range(local)]
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.0, weight_decay=0.0) for m in members]
+    for member, optimizer in zip(members, optimizers, strict=True):
+        for parameter in member.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    num_members = world * local
+    mixer = WashMixer(members, optimizers, probability=probability, shuffle_optimizer_state=with_state)
+    mixer.mix(0)
+
+    layers, by_layer = shuffled_layers(members[0]), layer_probabilities(members[0], probability)
+    tensors = [p for owned in layers.values() for p in owned.values()]
+    rates = [by_layer[layer] for layer, owned in layers.items() for _ in owned]
+    sizes = [t.numel() for t in tensors]
+    planner, large_population = (Planner(1, sizes, rates, n) for n in (num_members, 10))
+    selection = Selection(tuple(range(len(sizes))), ((),) * local)
+    hosted = range(rank * local, (rank + 1) * local)
+    counts = [round(r * s * (num_members - 1) / num_members) for r, s in zip(rates, sizes, strict=True)]
+    floor_tensors = [t for m in members for owned in shuffled_layers(m).values() for t in owned.values()]
+    floor_counts = counts * local
+    if with_state:
+        for m, optimizer in zip(members, optimizers, strict=True):
+            for key in ("exp_avg", "exp_avg_sq"):
+                floor_tensors += [optimizer.state[p][key] for p in m.parameters()]
+                floor_counts += counts
+    flat = torch.zeros(sum(sizes), device=device)
+    dense = torch.empty(sum(sizes), device=device)
+    times: dict[str, list[float]] = {}
+
+    def note(what: str, call: Callable[..., object], *arguments: object) -> None:
+        times.setdefault(what, []).append(seconds(lambda: call(*arguments), device))
+
+    def plan(step: int) -> None:
+        route(planner.draw(step), selection, hosted, world)
+
+    for step in range(10, 10 * (rounds + 1), 10):
+        note("plan", plan, step)
+        if num_members == 2:
+            note("plan N = 10", large_population.draw, step)
+        mixer.prepare(step)
+        note("mix drawn", mixer.mix, step)
+        floor = Floor(floor_tensors, floor_counts, device)
+        note("floor", floor)
+        note("mask", dense.bernoulli_, probability)
+        # Another plan than the one that is asked for next: it is drawn within the call.
+        mixer.prepare(step + 1)
+        note("mix", mixer.mix, step + 2)
+        mixer.prepare(step + 3)
+        if dist.is_initialized():
+            note("all-reduce", dist.all_reduce, flat)
+    if dist.is_initialized() and not with_state:
+        for _ in range(3):
+            note("SPARTA", sparta, tensors, probability, True)
+            torch.manual_seed(0)
+            note("SPARTA derived", sparta, tensors, probability, False)
+
+    medians = {what: 1000 * statistics.median(values) for what, values in times.items()}
+    best = {what: 1000 * min(values) for what, values in times.items()}
+    ratios = [a / b for a, b in zip(times["mix drawn"], times["floor"], strict=True)]
+    medians["mix drawn / floor"], best["mix drawn / floor"] = (
+        statistics.median(ratios),
+        best["mix drawn"] / best["floor"],
+    )
+    if dist.is_initialized():
+        gathered: list = [None] * world
+        dist.all_gather_object(gathered, (medians, best))
+        medians, best = ({k: max(g[i][k] for g in gathered) for k in medians} for i in range(2))
+    stats = mixer.mix(1)
+    return {
+        "model": name,
+        "parameters": sum(sizes),
+        "probability": probability,
+        "optimizer_state": with_state,
+        "num_members": num_members,
+        "num_processes": world,
+        "values_moved_per_member": stats.population_values_moved / num_members,
+        "bytes_sent_by_a_process": stats.bytes_sent,
+        "median_ms": medians,
+        "fastest_ms": best,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--probabilities", nargs="+", type=float, default=[0.001, 0.05])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--members_per_process", type=int, help="default: 1 with several processes, else 2")
+    parser.add_argument("--json", help="where to write all numbers")
+    args = parser.parse_args()
+
+    distributed = "RANK" in os.environ
+    device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if distributed:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    local = args.members_per_process or (1 if distributed else 2)
+    results = []
+    machine = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}"
+    if device.type == "cuda":
+        machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    first = not distributed or dist.get_rank() == 0
+    if first:
+        print(f"{machine}; {os.environ.get('WORLD_SIZE', 1)} processes, {local} members each; medians in ms\n")
+        print("| model | p | state | " + " | ".join([*COLUMNS, "plan N = 10", "mix drawn / floor"]) + " |")
+        print("|---|---|---|" + "---|" * (len(COLUMNS) + 2))
+    for name in args.models:
+        for probability in args.probabilities:
+            for with_state in (False, True):
+                result = measure(name, probability, with_state, args.rounds, device, local)
+                results.append(result)
+                if first:
+                    row = [
+                        result["median_ms"].get(column) for column in [*COLUMNS, "plan N = 10", "mix drawn / floor"]
+                    ]
+                    cells = " | ".join("" if value is None else f"{value:.3g}" for value in row)
+                    print(f"| {name} | {probability} | {'Adam' if with_state else 'no'} | {cells} |", flush=True)
+    if first and args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump({"machine": machine, "results": results}, file, indent=2)
+    if distributed:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

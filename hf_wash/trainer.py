@@ -16,6 +16,7 @@ import platform
 import shutil
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -231,8 +232,9 @@ class WashTrainer(Trainer):
         self._stop_signal: _StopSignal | None = None
         self._stop_agreed = False
         self._resume: dict[str, Any] | None = None
-        self.values_moved = 0
-        self.bytes_exchanged = 0
+        # Of all members since the run began; the seconds are this process's, those spent in the collective beside.
+        self.values_moved = self.bytes_exchanged = 0
+        self.mixing_seconds = self.mixing_wait_seconds = 0.0
 
         # Trainer's own just-in-time checkpointing saves at different steps on different processes.
         jit_checkpoint, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
@@ -757,7 +759,10 @@ class WashTrainer(Trainer):
         if self.mixer is None:
             self._stop_agreed = self._stop_agreed or stop
             return
+        began = time.perf_counter()
         stats = self.mixer.mix(step, shuffle=self.args.shuffles(step, self._total_steps), stop_requested=stop)
+        self.mixing_seconds += time.perf_counter() - began
+        self.mixing_wait_seconds += stats.wait_seconds
         self.values_moved += stats.population_values_moved
         self.bytes_exchanged += stats.population_bytes_exchanged
         self._moved_since_log[0] += 1

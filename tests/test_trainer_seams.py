@@ -74,7 +74,7 @@ def test_the_trainer_still_calls(name):
     ours = inspect.signature(getattr(WashTrainer, name)).parameters
     kinds = {parameter.kind for parameter in ours.values()}
     if not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
-        assert len(ours) == len(theirs), f"`{name}` takes {theirs} now"
+        assert set(theirs) <= set(ours), f"`{name}` takes {theirs} now"
 
 
 def test_the_trainer_passes_what_an_epoch_needs_by_name():

@@ -180,9 +180,6 @@ class TrainVitConfig(WashConfig):
         self.fits_probability = self.shuffle_probability is None
         if self.fits_probability:
             self.shuffle_probability = LARGEST_PROBABILITY
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
-            # Else each of several processes on a machine without a GPU takes itself for the only one (accelerate 1.15).
-            self.use_cpu = True
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns would remove the images before they are opened; leave it off.")

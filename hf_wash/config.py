@@ -1,8 +1,10 @@
 """[`WashConfig`]: every option of a population run, with its help text. What the options do lives elsewhere."""
 
+import os
 import warnings
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
@@ -152,6 +154,10 @@ class WashConfig(TrainingArguments):
     def __post_init__(self):
         # First, so that a wrong value is refused before devices and process groups are set up.
         self._check_population_options()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            # Started by `torchrun` without an accelerator, a process takes itself for the only one unless it is told
+            # that the CPU is meant (accelerate 1.15).
+            self.use_cpu = True
         super().__post_init__()
         # Trainer would multiply each loss by the number of processes, to undo an averaging of gradients that does
         # not happen here: a member's loss is that of a run of its own.

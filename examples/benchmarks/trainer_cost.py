@@ -51,7 +51,7 @@ def vit(size: int, width: int, layers: int, patch: int) -> ViTForImageClassifica
             num_attention_heads=width // 32,
             intermediate_size=4 * width,
             num_labels=10,
-        )  # fmt: skip
+        )
     )
 
 

@@ -7,7 +7,7 @@ import copy
 import json
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -117,7 +117,7 @@ def export_model(
         _write_peft(model, folder, weights)
     else:
         saved: Any = model
-        with _quiet():
+        with _quiet(), _writing_here(saved):
             # A dict of its own: transformers 5 renames the keys of the one it gets to those of older checkpoints.
             saved.save_pretrained(folder, state_dict=dict(weights))
     if kind != "timm" and processing_class is not None and not _is_timm_processor(processing_class):
@@ -125,6 +125,19 @@ def export_model(
     if check:
         check_export(folder, model, state_dict=weights, processing_class=processing_class, example=example)
     return folder
+
+
+@contextmanager
+def _writing_here(model: Any) -> Iterator[None]:
+    """
+    Let this process write. Where a process group exists, `save_pretrained` (transformers 5.17 to 5.23) writes on rank
+    0 alone, whoever calls it; but members live in different processes.
+    """
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
+    try:
+        yield
+    finally:
+        del model.should_save_on_this_rank
 
 
 def check_export(

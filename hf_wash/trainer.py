@@ -892,7 +892,11 @@ class WashTrainer(Trainer):
         first = self.population.members[0]
         if self._soup is None:
             self._soup = copy_member(first) if self.args.same_init else copy.deepcopy(first)
-            self._soup_prepared = self._prepare_once(self._soup)
+            # The copy brings along the autocast that was wrapped around the member's forward (accelerate 1.15), which
+            # may still call the member.
+            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+                vars(self._soup).pop(name, None)
+            self._soup_prepared = self.accelerator.prepare_model(self._soup, evaluation_mode=True)
         shared = (
             {name for name, p in self._soup.named_parameters() if not p.requires_grad} if self.args.same_init else ()
         )
@@ -948,12 +952,6 @@ class WashTrainer(Trainer):
             streams.restore(before)
         # A GPU's last bit must not make processes choose differently.
         return self.population.broadcast(-loss / count if math.isnan(right) else right / count)
-
-    def _prepare_once(self, model: nn.Module) -> nn.Module:
-        # A copy of a member brings along the autocast that was wrapped around the member's forward.
-        if "_original_forward" in vars(model):
-            return model
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def _recalibrate(self) -> None:
         """*Collective.* The soup's BatchNorm statistics, from training batches of a stream of their own."""
@@ -1131,7 +1129,7 @@ class WashTrainer(Trainer):
         soup = self._soup_prepared if self.model is self._soup else self.model
         members = [self._prepared.get(index, member) for index, member in self.population]
         if not self._prepared:
-            members = [self._prepare_once(member) for member in members]
+            members = [self.accelerator.prepare_model(member, evaluation_mode=True) for member in members]
             self._prepared = dict(zip(self.population.indices, members, strict=True))
         if not self.is_in_train and (self.args.fp16_full_eval or self.args.bf16_full_eval):
             dtype = torch.float16 if self.args.fp16_full_eval else torch.bfloat16
@@ -1577,17 +1575,16 @@ class WashTrainer(Trainer):
 
     def _write_card(self, model_folder: str, **options: Any) -> None:
         config = getattr(unwrap_model(self.model), "config", None)
-        card = WashCard.from_folder(
-            model_folder,
-            repo_id=self.hub_model_id,
-            revision=self.args.hub_revision,
-            members=self.args.push_members if self.hub_model_id is not None else None,
-            record=self._run_record(),
-            config=config.to_dict() if hasattr(config, "to_dict") else config,
-            metrics=last_evaluation(self.state.log_history) or None,
-            log_history=self.state.log_history or None,
-            **options,
-        )
+        known = {
+            "repo_id": self.hub_model_id,
+            "revision": self.args.hub_revision,
+            "members": self.args.push_members if self.hub_model_id is not None else None,
+            "record": self._run_record(),
+            "config": config.to_dict() if hasattr(config, "to_dict") else config,
+            "metrics": last_evaluation(self.state.log_history) or None,
+            "log_history": self.state.log_history or None,
+        }
+        card = WashCard.from_folder(model_folder, **{**known, **options})
         for problem in card.write(self.args.output_dir):
             logger.warning(problem)
 
@@ -1754,7 +1751,7 @@ class WashTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         try:
-            self._write_card(checkpoint_folder, pictures=False)
+            self._write_card(checkpoint_folder, pictures=False, members=False)
             output_dir = Path(args.output_dir)
             files = {name: path for name, path in root_files(output_dir).items() if path.suffix != ".safetensors"}
             files |= {name: path for name, path in root_files(folder).items() if not self._is_for_resuming(name)}

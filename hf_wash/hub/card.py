@@ -491,6 +491,17 @@ class WashCard:
                     f'from hf_wash.hub import load_model\n\nmodel = load_model("{place}"{revision})\nprint(model.config)',
                 )
             )
+            if self.adapter_base and self.is_image_classifier:
+                classes = len(self.config.get("id2label") or []) or 2
+                found.append(
+                    (
+                        "Step by step, on a backbone of your own loading:",
+                        "from peft import PeftModel\nfrom transformers import AutoModelForImageClassification\n\n"
+                        "backbone = AutoModelForImageClassification.from_pretrained(\n"
+                        f'    "{self.adapter_base}", num_labels={classes}, ignore_mismatched_sizes=True\n)\n'
+                        f'model = PeftModel.from_pretrained(backbone, "{place}"{revision})',
+                    )
+                )
             return found
         if self.is_image_classifier and self.has_processor and self.config.get("num_channels", 3) == 3:
             found.append(

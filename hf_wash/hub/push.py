@@ -81,13 +81,14 @@ def push_folder(
     folder = Path(folder)
     find_weight_files(folder)
     beside = member_files(folder, _population_size(folder)) if members else {}
-    options = {"revision": revision, "token": token, "commit_message": commit_message}
-    options["replaced"] = [f"{PUSHED_MEMBERS}/"] if members else []
+    replaced = [f"{PUSHED_MEMBERS}/"] if members else []
     asked_for = repo_id
 
     def upload(files: Mapping[str, Path]) -> Any:
         with failing_clearly(folder, asked_for, members=members, private=private, revision=revision):
-            return push_files(repo_id, files, **options)
+            return push_files(
+                repo_id, files, replaced=replaced, revision=revision, token=token, commit_message=commit_message
+            )
 
     with failing_clearly(folder, asked_for, members=members, private=private, revision=revision):
         repo_id = create_repository(repo_id, private=private, revision=revision, token=token)

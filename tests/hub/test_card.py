@@ -183,6 +183,31 @@ def test_the_code_in_the_card_runs_as_it_stands(run, request):
     assert completed.stdout.count("'ant'") >= 1 and "tensor(" in completed.stdout
 
 
+def test_an_adapter_names_its_backbone_and_its_code_runs(tmp_path, monkeypatch):
+    from hub import tiny_runs
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageClassification
+
+    from hf_wash.hub import export_model
+
+    monkeypatch.chdir(tmp_path)
+    tiny_runs.vit()[0].save_pretrained("org/backbone")
+    backbone = AutoModelForImageClassification.from_pretrained("org/backbone")
+    lora = LoraConfig(target_modules=["qkv"], modules_to_save=["classifier"], r=2)
+    export_model(get_peft_model(backbone, lora), tmp_path, check=False)
+    card = WashCard.from_folder(tmp_path)
+    assert len(card.snippets()) == 2
+    for _, code in card.snippets():
+        exec(code, {})
+    shutil.rmtree("org")
+    data = card.metadata()
+    assert (data["library_name"], data["base_model"], data["base_model_relation"]) == (
+        "peft",
+        "org/backbone",
+        "adapter",
+    )
+
+
 def test_on_the_hub_the_code_names_the_repository_and_the_branch(timm_run):
     card = WashCard.from_folder(timm_run, repo_id="user/it", revision="dev", pictures=False, members=False)
     codes = [code for _, code in card.snippets()]

@@ -1,5 +1,6 @@
 # make train   train a population on the embedded digits; ARGS="--mixing independent" passes flags on
 # make test    run the tests; PYTEST_ARGS="tests/mixing -x" narrows them
+# make test-faults   the long fault test: 20 kills at random moments, and the result of an undisturbed run
 # make quality lint, format and static checks; make style fixes what can be fixed
 #
 # On a bare machine (Python 3.11 or newer, git, make) each of them first creates $(VENV) and installs into it.
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.hf-wash-installed
 CHECKED := hf_wash examples tests
 
-.PHONY: help install train test quality style clean
+.PHONY: help install train test test-faults quality style clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,6 +43,9 @@ train: $(STAMP)
 # may depend on a download.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest --durations=15 --durations-min=1 $(PYTEST_ARGS)
+
+test-faults: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_WASH_KILLS=$${HF_WASH_KILLS:-20} $(BIN)/pytest tests/distributed/test_faults.py
 
 quality: $(STAMP)
 	$(BIN)/ruff check $(CHECKED)

@@ -340,8 +340,8 @@ def decode_streams(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
-        raw = np.frombuffer(base64.b64decode(value["tensor"]), dtype=np.uint8)
-        return torch.from_numpy(raw.copy()).reshape(value["shape"])
+        state = np.frombuffer(base64.b64decode(value["tensor"]), dtype=np.uint8)
+        return torch.from_numpy(state.copy()).reshape(value["shape"])
     if "array" in value:
         raw = np.frombuffer(base64.b64decode(value["array"]), dtype=value["dtype"])
         return raw.reshape(value["shape"]).copy()

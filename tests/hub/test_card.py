@@ -193,7 +193,7 @@ def test_an_adapter_names_its_backbone_and_its_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_runs.vit()[0].save_pretrained("org/backbone")
     backbone = AutoModelForImageClassification.from_pretrained("org/backbone")
-    lora = LoraConfig(target_modules=["qkv"], modules_to_save=["classifier"], r=2)
+    lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"], r=2)
     export_model(get_peft_model(backbone, lora), tmp_path, check=False)
     card = WashCard.from_folder(tmp_path)
     assert len(card.snippets()) == 2

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hub.load_script import logits_of
 from hub.loopback_hub import READER, STRANGER
 from transformers import AutoModelForImageClassification
 
+from hf_wash.hub import push
 from hf_wash.hub.push import member_files, root_files
 
 
@@ -193,6 +195,28 @@ def test_root_files_are_those_that_trainer_would_upload(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert set(root_files(tmp_path)) == {"a.json", "runs/x", "sub/_b", "checkpoints.md"}
+
+
+def test_an_upload_in_the_background_sends_what_was_there_when_it_was_asked_for(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "README.md").write_text("before")
+    removed, sent = threading.Event(), {}
+
+    def slow_upload(repo_id, files, **options):
+        assert removed.wait(20)
+        sent.update({name: path.read_bytes() for name, path in files.items()}, **options)
+
+    monkeypatch.setattr(push, "push_files", slow_upload)
+    files = {"model.safetensors": checkpoint / "model.safetensors", "README.md": tmp_path / "README.md"}
+    job = push.push_in_background("user/it", files, tmp_path, commit_message="now")
+    shutil.rmtree(checkpoint)
+    (tmp_path / "README.md").write_text("after")
+    removed.set()
+    job.result(timeout=20)
+    assert sent == {"model.safetensors": b"weights", "README.md": b"before", "commit_message": "now"}
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
 def test_a_missing_member_is_named(tmp_path, vit_run):

@@ -132,15 +132,20 @@ def route(plan: Plan, selection: Selection, members: range, num_processes: int) 
     num_local = len(members)
     pieces, bounds, to_others, from_others = [], [0], [], []
     for member, strided in zip(members, selection.strided, strict=True):
-        sources, destinations = plan.sources(member), plan.destinations(member)
-        if picked is not None:
-            sources, destinations = sources[picked], destinations[picked]
         given, given_cuts = coordinates, cuts
-        if plan.num_members > 2:
-            # Fixed points stay out. With two members there are none: every moved coordinate is swapped.
-            moved = np.flatnonzero(sources != member)
-            given, sources, destinations = coordinates[moved], sources[moved], destinations[moved]
-            given_cuts = np.searchsorted(moved, cuts).tolist()
+        if num_processes < 2 or plan.num_members > 2:
+            sources, destinations = plan.sources(member), plan.destinations(member)
+            if picked is not None:
+                sources, destinations = sources[picked], destinations[picked]
+            if plan.num_members > 2:
+                # Fixed points stay out. With two members there are none: every moved coordinate is swapped.
+                moved = np.flatnonzero(sources != member)
+                given, sources, destinations = coordinates[moved], sources[moved], destinations[moved]
+                given_cuts = np.searchsorted(moved, cuts).tolist()
+            # Numbers for (other process, source, destination): a stable sort leaves coordinates ascending in each.
+            to, origin = destinations.astype(np.int64), sources.astype(np.int64)
+            to_others.append((to // num_local * num_local + member % num_local) * num_local + to % num_local)
+            from_others.append((origin // num_local * num_local + origin % num_local) * num_local + member % num_local)
         begin = bounds[-1]
         layouts = {tensor: layout for tensor, *layout in strided}
         pieces.append(
@@ -156,14 +161,9 @@ def route(plan: Plan, selection: Selection, members: range, num_processes: int) 
             ]
         )
         bounds.append(begin + len(given))
-        # Numbers for (other process, source, destination), so that a stable sort leaves coordinates ascending in each.
-        source, destination = sources.astype(np.int64), destinations.astype(np.int64)
-        to_others.append(
-            (destination // num_local * num_local + member % num_local) * num_local + destination % num_local
-        )
-        from_others.append((source // num_local * num_local + source % num_local) * num_local + member % num_local)
 
-    if num_processes == num_local * 2 == 2:
+    if not to_others:
+        # Two members in two processes: all that is given goes to the other one, in the order of the coordinates.
         counts = [0 if process == members.start else bounds[-1] for process in range(2)]
         return Route(pieces, bounds, None, None, counts, counts)
     leaving, arriving = np.concatenate(to_others), np.concatenate(from_others)

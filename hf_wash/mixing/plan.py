@@ -114,6 +114,8 @@ class Plan:
     @functools.cached_property
     def values_moved_by_tensor(self) -> np.ndarray:
         """How many values change owner, over all members, in each tensor: int64 of shape `(num_tensors,)`."""
+        if self.num_members == 2:
+            return 2 * np.diff(self.offsets)
         if self._permutations.ndim == 2:
             members = np.arange(self.num_members, dtype=self._permutations.dtype)[:, None]
             moved = (self._permutations != members).sum(axis=0)

@@ -1,13 +1,23 @@
 """WASH populations for Hugging Face: train models in parallel, shuffle a few of their weights, average them."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
 __version__ = "0.1.0"
 
-from .config import WashConfig
-from .members import MemberOverrides
-from .mixing import WashMixer
-from .soup import Ensemble, greedy_soup, recalibrate_batch_norm, uniform_soup
-from .trainer import WashTrainer
-
+# Each public name and the module it comes from, imported when it is first asked for: a loop of one's own needs no
+# transformers, and `hf-wash --help` needs no torch.
+_MODULES = {
+    "Ensemble": "soup",
+    "MemberOverrides": "members",
+    "WashConfig": "config",
+    "WashMixer": "mixing",
+    "WashTrainer": "trainer",
+    "greedy_soup": "soup",
+    "recalibrate_batch_norm": "soup",
+    "uniform_soup": "soup",
+}
 
 __all__ = [
     "Ensemble",
@@ -19,3 +29,20 @@ __all__ = [
     "recalibrate_batch_norm",
     "uniform_soup",
 ]
+
+if TYPE_CHECKING:
+    from .config import WashConfig
+    from .members import MemberOverrides
+    from .mixing import WashMixer
+    from .soup import Ensemble, greedy_soup, recalibrate_batch_norm, uniform_soup
+    from .trainer import WashTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

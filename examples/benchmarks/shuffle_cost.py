@@ -177,10 +177,12 @@ def measure(name: str, probability: float, with_state: bool, rounds: int, device
         note("plan", plan, step)
         if num_members == 2:
             note("plan N = 10", large_population.draw, step)
-        mixer.prepare(step)
-        note("mix drawn", mixer.mix, step)
         floor = Floor(floor_tensors, floor_counts, device)
-        note("floor", floor)
+        mixer.prepare(step)
+        # In turn, because the second of two similar things finds code and page tables where the first had to look.
+        pair: list[tuple] = [("mix drawn", mixer.mix, step), ("floor", floor)]
+        for what, *call in pair if step % 20 else reversed(pair):
+            note(what, *call)
         note("mask", dense.bernoulli_, probability)
         # Another plan than the one that is asked for next: it is drawn within the call.
         mixer.prepare(step + 1)

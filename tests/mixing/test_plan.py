@@ -166,6 +166,20 @@ def test_counts_have_the_exact_binomial_distribution(size, rate):
     assert 1 - cumulative <= 1 - Fraction(thresholds[-1], 2**64) + 2 * one if len(thresholds) else True
 
 
+@pytest.mark.parametrize("size", [1, 3, 6, 11, 16])
+def test_words_that_would_favour_some_positions_are_rejected(size):
+    # With as many bits as the planner keeps, this happens once in millions of draws; with four, all words can be seen.
+    class Words:
+        def random_raw(self, count):
+            assert count == 16
+            return np.arange(16, dtype=np.uint64) << np.uint64(60)
+
+    planner = Planner(0, [size], [0.01], 2)
+    planner._bits, planner._reject_below = 4, np.array([16 % size], dtype=np.uint64)
+    positions = planner._draw_positions(Words(), np.array([16]))
+    assert np.bincount(positions, minlength=size).tolist() == [16 // size] * size
+
+
 def test_any_step_is_drawn_alone_and_nothing_else_is_touched():
     planner = Planner(3, [1000, 500], [0.1, 0.02], 3)
     in_order = [planner.draw(step) for step in range(5)]

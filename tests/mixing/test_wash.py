@@ -371,28 +371,29 @@ def test_the_state_doubles_or_triples_what_moves():
     assert counts["adamw"] == 3 * counts["none"]
 
 
-def test_a_parameter_without_gradient_waits_until_all_members_have_its_state():
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_parameter_without_gradient_waits_until_all_members_have_its_state(late):
     members = linears(2, 30, 30)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in members]
     mixer = WashMixer(members, optimizers, probability=1.0, shuffle_optimizer_state=True)
-    weight = members[0][0].weight
+    weight, other = members[late][0].weight, 1 - late
     for step, expected in enumerate([1, 3]):
         for index, (member, optimizer) in enumerate(zip(members, optimizers, strict=True)):
             for parameter in member.parameters():
                 parameter.grad = torch.randn_like(parameter)
-            if step == 0 and index == 0:
+            if step == 0 and index == late:
                 weight.grad = None
             optimizer.step()
-        moment = optimizers[1].state[members[1][0].weight]["exp_avg"].clone()
+        moment = optimizers[other].state[members[other][0].weight]["exp_avg"].clone()
         before = snapshot(members)
         stats = mixer.mix(step)
         weights_moved = int((snapshot(members) != before)[:, :900].sum())
         bias_moved = int((snapshot(members) != before)[:, 900:].sum())
         assert stats.values_moved == expected * weights_moved + 3 * bias_moved
-        stayed = torch.equal(optimizers[1].state[members[1][0].weight]["exp_avg"], moment)
+        stayed = torch.equal(optimizers[other].state[members[other][0].weight]["exp_avg"], moment)
         assert stayed == (step == 0)
         if step == 0:
-            assert weight not in optimizers[0].state, "a state was made up"
+            assert weight not in optimizers[late].state, "a state was made up"
 
 
 def test_a_loaded_state_is_found():

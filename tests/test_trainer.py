@@ -267,3 +267,27 @@ def test_members_train_on_disjoint_parts_of_equal_size(tmp_path):
     trainer.get_train_dataloader()
     parts = [set(loader.dataloader.dataset.indices) for loader in [*trainer._batches.loaders]]
     assert [len(part) for part in parts] == [82] * 4 and len(set.union(*parts)) == 328
+
+
+def test_compiled_members_train_as_they_would_uncompiled(tmp_path):
+    plain = population(tmp_path / "plain", vit(hidden_dropout_prob=0.0), size=2, max_steps=6, eval_steps=3)
+    start = {name: value.clone() for name, value in plain.model.state_dict().items()}
+    plain.train()
+    model = vit(hidden_dropout_prob=0.0)
+    model.load_state_dict(start)
+    # The eager backend goes the way of a compiled model without waiting for a compiler.
+    compiled = population(
+        tmp_path / "compiled",
+        model,
+        size=2,
+        max_steps=6,
+        eval_steps=3,
+        torch_compile=True,
+        torch_compile_backend="eager",
+    )
+    compiled.train()
+    assert all("_orig_mod" in type(m).__name__ or hasattr(m, "_orig_mod") for m in compiled._prepared.values())
+    for a, b in zip(compiled.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    compiled.save_model(str(tmp_path))
+    assert digest(AutoModelForImageClassification.from_pretrained(tmp_path)) == digest(compiled.model)

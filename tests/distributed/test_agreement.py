@@ -1,0 +1,46 @@
+"""A difference between processes is an error that names it, on every process, before the first step."""
+
+from pathlib import Path
+
+import pytest
+
+
+pytestmark = pytest.mark.distributed
+
+SCRIPT = Path(__file__).parent / "disagreement_run.py"
+EXPECTED = {
+    "division": "A population of 3 does not divide among 2 processes",
+    "architecture": "member 1 differs from 0: `vit.embeddings.cls_token` has shape (1, 1, 32) instead of (1, 1, 16)",
+    "option": "option learning_rate: '0.001' against '0.002'",
+    "steps": "different numbers of batches an epoch (member 0: 21, member 1: 15)",
+    "weights": "initial weights: '",
+    "folders": "of process 0 is not visible to process(es) 1",
+    "each_node": "resumed True from ['member_{rank}']",
+}
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory, request):
+    """What each process said in each mode: one launch for all."""
+    import os
+    import subprocess
+    import sys
+
+    folder = tmp_path_factory.mktemp("disagreement")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    completed = subprocess.run(
+        [*command, str(SCRIPT), str(folder), *EXPECTED],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=dict(os.environ),
+    )
+    return lambda mode, rank: (
+        path.read_text() if (path := folder / f"{mode}-{rank}.txt").exists() else completed.stderr[-4000:]
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("mode", EXPECTED)
+def test_every_process_is_told_what_differs(said, mode, rank):
+    assert EXPECTED[mode].format(rank=rank) in said(mode, rank)

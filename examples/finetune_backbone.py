@@ -356,8 +356,8 @@ class FinetuneTrainer(WashTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """The schedule that was asked for, and 0 for the backbone as long as only the head learns."""
-        if self.lr_scheduler is not None:
-            return self.lr_scheduler
+        if self.lr_scheduler is not None:  # type: ignore[has-type]
+            return self.lr_scheduler  # type: ignore[has-type]
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         head_steps = int(self.head_only * num_training_steps)
         if head_steps == 0:

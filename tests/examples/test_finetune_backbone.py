@@ -2,8 +2,8 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_population import StopAt
-from transformers import AutoModelForImageClassification, ViTImageProcessor, pipeline
+from transformers import AutoModelForImageClassification, pipeline
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -61,8 +61,7 @@ def run_here(finetune, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["finetune_backbone.py", "--output_dir", str(folder), *A_FEW_STEPS, *flags])
             patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
-            patch.setattr(finetune, "PRETRAINING_EPOCHS", 1)
-            patch.setattr(finetune.pretrain_backbone, "__defaults__", (0, 1))
+            patch.setattr(finetune, "pretrain_backbone", partial(finetune.pretrain_backbone, epochs=1))
             finetune.main()
         return folder, "\n".join(printed)
 
@@ -110,14 +109,6 @@ def test_a_soup_of_adapters_and_the_merged_backbone_answer_alike(adapter_run):
     adapted = pipeline("image-classification", model=scope["model"], image_processor=str(folder))
     merged = pipeline("image-classification", model=str(folder / "merged"))
     assert scores(adapted) == pytest.approx(scores(merged), abs=1e-5)
-    assert (
-        scores(merged)
-        != pytest.approx(
-            scores(pipeline("image-classification", model=str(folder / "_members" / "member_0"))), abs=1e-5
-        )
-        if (folder / "_members/member_0/config.json").exists()
-        else True
-    )
 
 
 def test_what_averaging_the_two_matrices_apart_leaves_out_is_measured(adapter_run, finetune, tmp_path):
@@ -125,8 +116,6 @@ def test_what_averaging_the_two_matrices_apart_leaves_out_is_measured(adapter_ru
     error = json.loads((folder / "all_results.json").read_text())["lora_averaging_error"]
     # Different A, so far off.
     assert 0.05 < error < 2 and f"{error:.1%}" in printed
-    from safetensors.torch import save_file
-
     for index, (a, b) in enumerate([(1.0, 2.0), (3.0, 6.0)]):
         member = tmp_path / "_members" / f"member_{index}"
         member.mkdir(parents=True)
@@ -174,9 +163,8 @@ def test_each_block_has_its_rate_and_each_group_its_member(finetune, backbone, t
     assert rates["classifier.weight"] == 0.01
     assert rates["vit.layernorm.weight"] == pytest.approx(0.01 / 2)
     for number in range(last + 1):
-        rate = 0.01 / 2 ** (2 + last - number)
         own = {value for name, value in rates.items() if f".layers.{number}." in name}
-        assert own == {pytest.approx(rate)}
+        assert list(own) == pytest.approx([0.01 / 2 ** (2 + last - number)])
     assert rates["vit.embeddings.cls_token"] == pytest.approx(0.01 / 2 ** (3 + last))
 
 
@@ -258,10 +246,8 @@ def test_a_schedule_that_watches_the_loss_has_no_phase_for_the_head(run_here, ba
         run_here("--model_name_or_path", str(backbone), *flags, "--metric_for_best_model", "loss")
 
 
-def test_help_lists_every_option_with_its_group():
-    shown = subprocess.run(
-        [sys.executable, SCRIPT, "--help"], capture_output=True, text=True, timeout=120, check=True
-    ).stdout
+def test_help_lists_every_option_with_its_group(finetune):
+    shown = finetune.make_parser().format_help()
     for expected in ("--layer_decay", "--head_only", "--lora_rank", "--shuffle_schedule", "--learning_rate"):
         assert expected in shown
     titles = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]

@@ -880,6 +880,9 @@ class WashTrainer(Trainer):
 
     def _serve_soup(self) -> None:
         """*Collective.* Build the soup from the members as they are and make it `self.model`."""
+        if self.mixer is not None:
+            # On a GPU a shuffle's verdict is read one call later, which may never come.
+            self.mixer.synchronize()
         with self.population.streams.use(None):
             self._build_soup()
         self._set_model(self._soup)

@@ -9,6 +9,7 @@ Every figure is a ratio or a difference within this run: machines are noisy. Set
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -95,25 +96,41 @@ def peak_memory(size: int) -> None:
     """Train `size` members in this process and print its peak memory in bytes, and the model's parameters."""
     model = vit(64, 384, 8, 8)
     with tempfile.TemporaryDirectory() as folder:
-        args = WashConfig(**arguments(folder, 3, 64), population_size=size, mixing="wash", shuffle_probability=0.01)
-        WashTrainer(model, args, train_dataset=Noise(64 * 3, 64)).train()
+        args = WashConfig(**arguments(folder, 3, 32), population_size=size, mixing="wash", shuffle_probability=0.01)
+        WashTrainer(model, args, train_dataset=Noise(32 * 3, 64)).train()
     parameters = sum(p.numel() for p in model.parameters())
     print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, parameters]))
 
 
 def measure_memory(sizes: list[int]) -> dict:
-    """Peak memory for N members in one process, each N in a process of its own."""
+    """
+    Peak memory for N members in one process, each N in a process of its own.
+
+    glibc's heap keeps what is freed between larger blocks, which hides the difference; with a fixed threshold, tensors
+    are mapped one by one and given back.
+    """
     peaks = {}
     for size in sizes:
-        command = [sys.executable, __file__, "peak", str(size)]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
+        printed = subprocess.run(
+            [sys.executable, __file__, "peak", str(size)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=600,
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+        ).stdout
         peaks[size], parameters = json.loads(printed.strip().splitlines()[-1])
     state = 16 * parameters  # float32 weights, gradients and AdamW's two moments
     further = {
-        size: (peaks[size] - peaks[sizes[0]]) / (size - sizes[0]) / state for size in sizes[1:]
-    }  # fmt: skip
-    return {"parameters": parameters, "state_bytes_of_a_member": state, "peak_bytes": peaks,
-            "further_member_in_states": further}  # fmt: skip
+        f"{small} to {large}": (peaks[large] - peaks[small]) / (large - small) / state
+        for small, large in itertools.pairwise(sizes)
+    }
+    return {
+        "parameters": parameters,
+        "state_bytes_of_a_member": state,
+        "peak_bytes": peaks,
+        "further_member_in_states": further,
+    }
 
 
 def mixing_share(steps: int, batch: int) -> None:

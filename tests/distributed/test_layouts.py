@@ -10,7 +10,7 @@ import pytest
 import scenarios
 
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 NAMES = [scenario.__name__ for scenario in scenarios.SCENARIOS]
 
@@ -41,7 +41,7 @@ def outcomes(folder):
             environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "CUDA_VISIBLE_DEVICES": ""}
             completed = subprocess.run(
                 [*command, scenarios.__file__, str(folder), *NAMES],
-                env=environment, capture_output=True, text=True, timeout=280,
+                env=environment, capture_output=True, text=True, timeout=500,
             )  # fmt: skip
             done[processes] = completed
             if completed.returncode:

@@ -48,10 +48,13 @@ class Predictions:
 
     def arrays(self, name: str, concatenate: bool = True):
         """All batches' `name`, concatenated (padded with -100 where needed) or as a list; `None` if there is none."""
+        values = [batch[name] for batch in self.batches.values() if batch[name] is not None]
+        plain = bool(values) and all(isinstance(value, np.ndarray) for value in values)
+        if concatenate and plain and len({value.shape[1:] for value in values}) == 1:
+            return np.concatenate(values)
         container = EvalLoopContainer(concatenate, padding_index=-100)
-        for batch in self.batches.values():
-            if batch[name] is not None:
-                container.add(batch[name])
+        for value in values:
+            container.add(value)
         # Arrays were concatenated as they came; `get_arrays` would look for tensors.
         return container.tensors
 

@@ -1,6 +1,11 @@
 """The soup, the members and the metrics of a run in one process."""
 
 import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,19 +244,32 @@ def test_training_steps_count_flops_of_all_members(tmp_path):
     assert two.state.total_flos == 2 * one.state.total_flos > 0
 
 
-def test_tensorboard_and_trackio_get_the_log(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+def test_tensorboard_gets_the_log(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
     trainer = population(tmp_path / "run", vit(), size=2, report_to=["tensorboard"], max_steps=4, eval_steps=2)
     trainer.train()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    files = list(tmp_path.rglob("events.out*"))
-    assert files
-    events = EventAccumulator(str(files[0].parent))
+    (file,) = tmp_path.rglob("events.out*")
+    events = EventAccumulator(str(file.parent))
     events.Reload()
-    tags = set(events.Tags()["scalars"])
-    assert {"eval/loss", "eval/member_0_loss", "train/values_moved"} <= tags
+    assert {"eval/loss", "eval/member_0_loss", "train/values_moved"} <= set(events.Tags()["scalars"])
+
+
+def test_trackio_gets_the_log(tmp_path):
+    """In a process of its own: trackio reads where to write when it is imported."""
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from small_population import population
+population({str(tmp_path / "run")!r}, size=2, report_to=["trackio"], project="wash", max_steps=4, eval_steps=2).train()
+"""
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (database,) = (tmp_path / "trackio").rglob("*.db")
+    rows = sqlite3.connect(database).execute("select metrics from metrics").fetchall()
+    logged = {key for (row,) in rows for key in json.loads(row)}
+    assert {"eval/loss", "eval/member_0_loss", "train/values_moved"} <= logged
 
 
 def test_a_second_run_of_a_model_init_starts_anew(tmp_path):

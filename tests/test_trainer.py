@@ -220,23 +220,6 @@ def test_each_member_is_clipped_by_itself(tmp_path):
     assert norms == pytest.approx([1e-3, 1e-3], rel=1e-3)
 
 
-def test_a_skipped_step_of_the_scaler_does_not_skip_the_shuffle(tmp_path):
-    trainer = population(tmp_path, size=2, max_steps=4, eval_strategy="no", learning_rate=0.0, weight_decay=0.0)
-    mixed = []
-    trainer._mix = lambda step, mix=trainer._mix: (mixed.append(step), mix(step))
-    create = trainer.create_optimizer
-
-    def skipping():
-        optimizer = create()
-        trainer.accelerator.__class__.optimizer_step_was_skipped  # noqa: B018 - the property Trainer reads
-        optimizer.step = lambda closure=None: None
-        return optimizer
-
-    trainer.create_optimizer = skipping
-    trainer.train()
-    assert mixed == [1, 2, 3, 4]
-
-
 def test_training_steps_count_flops_of_all_members(tmp_path):
     one, two = population(tmp_path / "1", size=1, max_steps=2), population(tmp_path / "2", size=2, max_steps=2)
     one.train()

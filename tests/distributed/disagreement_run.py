@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from small_population import Digits, population, vit
+from transformers import TrainerCallback
 
 
 folder, modes = Path(sys.argv[1]), sys.argv[2:]
@@ -59,6 +60,28 @@ def each_node():
     same = all(torch.equal(a, b) for a, b in zip(again.model.parameters(), trainer.model.parameters(), strict=True))
     held = sorted(path.name for path in (folder / f"node-{rank}" / "checkpoint-6").glob("member_*"))
     raise ValueError(f"resumed {same} from {held}")
+
+
+def skipped():
+    """What fp16's scaler does when it finds an overflow on one process only: no step, no step of the schedule."""
+
+    class Overflow(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if rank == 1 and state.global_step == 3:
+                trainer.optimizer._is_overflow = True
+                trainer.optimizer.optimizer.step = lambda closure=None: None
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if rank == 1 and state.global_step == 4:
+                trainer.optimizer._is_overflow = False
+                del trainer.optimizer.optimizer.step
+
+    trainer = population(folder, size=2, eval_strategy="no", trainer={"callbacks": [Overflow()]})
+    trainer.train()
+    moved = trainer.population.gather_processes(trainer.values_moved)
+    raise ValueError(
+        f"{trainer.state.global_step} steps, {trainer.lr_scheduler.last_epoch} scheduled, {len(set(moved))}"
+    )
 
 
 def division():

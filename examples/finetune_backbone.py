@@ -498,9 +498,9 @@ def refuse(error: Exception) -> NoReturn:
     sys.exit(f"finetune_backbone.py: error{'' if rank == '0' else f' (process {rank})'}: {error}")
 
 
-def how_to_use(folder: str, adapter: bool) -> str:
-    """Lines that load what was saved."""
-    if not adapter:
+def how_to_use(folder: str, backbone: str | None = None) -> str:
+    """Lines that load a model, or an adapter and what prepares images for its backbone."""
+    if backbone is None:
         return (
             "  from transformers import pipeline\n"
             f'  pipeline("image-classification", model="{folder}")("your_image.png")\n'
@@ -509,7 +509,7 @@ def how_to_use(folder: str, adapter: bool) -> str:
         "  from transformers import pipeline\n"
         "  from hf_wash.hub import load_model\n"
         f'  model = load_model("{folder}").merge_and_unload()  # the backbone with the adapter\n'
-        f'  pipeline("image-classification", model=model, image_processor="{folder}")("your_image.png")\n'
+        f'  pipeline("image-classification", model=model, image_processor="{backbone}")("your_image.png")\n'
     )
 
 
@@ -560,9 +560,10 @@ def main() -> None:
                 f"\nThe soup averages A and B apart, which is off from the mean of the products by "
                 f"{metrics['lora_averaging_error']:.1%} of its norm."
             )
-        print(f"\nThe soup is saved in {config.output_dir}. To use it:\n\n{how_to_use(config.output_dir, adapter)}")
+        use = how_to_use(config.output_dir, recipe.finetuned_from if adapter else None)
+        print(f"\nThe soup is saved in {config.output_dir}. To use it:\n\n{use}")
         if backbone_arguments.merge:
-            print(f"Merged into the backbone it is in {merged}:\n\n{how_to_use(merged, False)}")
+            print(f"Merged into the backbone it is in {merged}:\n\n{how_to_use(merged)}")
 
 
 if __name__ == "__main__":

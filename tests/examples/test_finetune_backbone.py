@@ -86,6 +86,14 @@ def scores(classify):
     return {answer["label"]: answer["score"] for answer in classify(image(), top_k=5)}
 
 
+def run_what_was_printed(printed):
+    """The pipeline that the printed lines make."""
+    lines = printed.split("To use it:")[1].split("Merged into")[0].replace('("your_image.png")', "")
+    scope: dict = {}
+    exec("\n".join(map(str.strip, lines.splitlines())).replace("\npipeline(", "\nmade = pipeline("), scope)
+    return scope["made"]
+
+
 def test_without_a_network_it_pretrains_a_backbone_and_fine_tunes_it_on_other_classes(plain_run):
     folder, printed = plain_run
     pretrained = AutoModelForImageClassification.from_pretrained(folder / "backbone")
@@ -101,12 +109,7 @@ def test_without_a_network_it_pretrains_a_backbone_and_fine_tunes_it_on_other_cl
 def test_a_soup_of_adapters_and_the_merged_backbone_answer_alike(adapter_run):
     folder, printed = adapter_run
     assert not (folder / "model.safetensors").exists()
-    lines = [
-        line.split("  #")[0].strip() for line in printed.splitlines() if "import " in line or "load_model(" in line
-    ]
-    scope: dict = {}
-    exec("\n".join(lines), scope)
-    adapted = pipeline("image-classification", model=scope["model"], image_processor=str(folder))
+    adapted = run_what_was_printed(printed)
     merged = pipeline("image-classification", model=str(folder / "merged"))
     assert scores(adapted) == pytest.approx(scores(merged), abs=1e-5)
 
@@ -233,6 +236,13 @@ def test_a_users_mistake_is_one_line_and_a_failed_exit(finetune, monkeypatch, tm
     line = ended.value.code
     assert line.startswith("finetune_backbone.py: error: ") and message in line and "\n" not in line
     assert not (tmp_path / "x").exists()
+
+
+def test_adapters_of_a_timm_backbone_run_as_printed(run_here, train_vit, finetune, tmp_path):
+    recipe = train_vit.timm_recipe("test_vit", ["a", "b"], None, whole_image=True)
+    finetune.export_model(recipe.model_init(), tmp_path / "vit", processing_class=recipe.processor)
+    _, printed = run_here("--model_name_or_path", str(tmp_path / "vit"), "--lora_rank", "2")
+    assert len(scores(run_what_was_printed(printed))) == 5
 
 
 def test_adapters_are_refused_where_batch_norm_would_change_under_them(run_here, timm_backbone):

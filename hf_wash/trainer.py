@@ -345,6 +345,8 @@ class WashTrainer(Trainer):
         check_same_architecture(population)
         if self.args.same_init:
             self._start_from_member_0()
+        for member in population.members[1:]:
+            share_frozen(member, population.members[0])
         self._prepared = {}
         self._soup = self._soup_key = None
         self._consensus_sample = ConsensusSample(population.members[0])
@@ -363,7 +365,6 @@ class WashTrainer(Trainer):
             for tensor, value in zip([*member.parameters(), *member.buffers()], start, strict=True):
                 if tensor is not value:
                     tensor.copy_(value)
-            share_frozen(member, first)
 
     def _place_members(self) -> None:
         if self.place_model_on_device:

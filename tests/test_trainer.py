@@ -292,3 +292,19 @@ def test_compiled_members_train_as_they_would_uncompiled(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     compiled.save_model(str(tmp_path))
     assert digest(AutoModelForImageClassification.from_pretrained(tmp_path)) == digest(compiled.model)
+
+
+def test_different_heads_on_one_frozen_backbone_share_it(tmp_path):
+    def make():
+        model = vit()
+        model.vit.load_state_dict(started(seed=3).vit.state_dict())
+        for parameter in model.vit.parameters():
+            parameter.requires_grad = False
+        return model
+
+    trainer = population(tmp_path, size=2, same_init=False, max_steps=4, trainer={"model_init": make})
+    first, second = trainer.population.members
+    assert all(a is b for a, b in zip(first.vit.parameters(), second.vit.parameters(), strict=True))
+    assert not torch.equal(first.classifier.weight, second.classifier.weight)
+    trainer.train()
+    assert digest(trainer.model.vit) == digest(started(seed=3).vit)

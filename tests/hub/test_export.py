@@ -267,13 +267,17 @@ def test_half_precision_is_kept_and_passes_the_check(make, tmp_path):
 
 def test_a_forward_that_mixed_precision_has_wrapped_does_not_fool_the_check(tmp_path):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     members = [vit(seed) for seed in range(2)]
+    # One state for the whole process: another test's must not decide the precision of this one.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     model = accelerator.prepare_model(members[0], evaluation_mode=True)
     assert "forward" in vars(model)
     folder = export_model(model, tmp_path, state_dict=uniform_soup(members), check=False)
     differences = check_export(folder, model, state_dict=uniform_soup(members))
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert differences["transformers"] <= 1e-6
 
 

@@ -19,7 +19,11 @@ from hf_wash.hub.push import member_files, root_files
 FAULTS = {
     "quota": ("403", "storage limit"),
     "too large": ("413", "too large"),
-    "cut": ("model.safetensors", "isconnect|closed|reset|Broken pipe|ReadError|WriteError"),
+    # Large files go up side by side, so that any of them may be the one that is cut first.
+    "cut": (
+        r"uploading '(model\.safetensors|pictures/\w+\.png)'",
+        "isconnect|closed|reset|Broken pipe|ReadError|WriteError",
+    ),
 }
 
 

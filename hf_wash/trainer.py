@@ -39,7 +39,8 @@ from transformers.trainer_utils import (
 )
 from transformers.utils import PushInProgress, logging
 
-from . import __version__, checkpoint, evaluation
+from . import __version__, evaluation
+from . import checkpoint as checkpoints
 from .agreement import (
     check_agreement,
     check_same_architecture,
@@ -1271,7 +1272,7 @@ class WashTrainer(Trainer):
             )
 
     def _write_checkpoint(self, folder: Path) -> None:
-        args, staging = self.args, checkpoint.staging_folder(folder)
+        args, staging = self.args, checkpoints.staging_folder(folder)
         what = f"Writing `{folder}`"
 
         def clean_up() -> None:
@@ -1290,18 +1291,18 @@ class WashTrainer(Trainer):
                 self._state_with_callbacks().save_to_json(str(staging / "trainer_state.json"))
                 shared = self._shared_frozen(self.population.members[0])
                 if shared:
-                    checkpoint.save_file(shared, staging / checkpoint.FROZEN, metadata={"format": "pt"})
+                    checkpoints.save_file(shared, staging / checkpoints.FROZEN, metadata={"format": "pt"})
                 own = [
                     path for path in staging.rglob("*") if path.is_file() and not self._in_member_folder(path, staging)
                 ]
-                records |= checkpoint.file_records(staging, own)
+                records |= checkpoints.file_records(staging, own)
             for slot, (index, member) in enumerate(self.population):
-                weights = checkpoint.own_tensors(member, self._shared_frozen(member))
+                weights = checkpoints.own_tensors(member, self._shared_frozen(member))
                 training = streams = None
                 if not args.save_only_model:
                     training, streams = self._training_state(slot, index, member)
-                files = checkpoint.write_member(staging / f"member_{index}", weights, training, streams)
-                records |= checkpoint.file_records(staging, files)
+                files = checkpoints.write_member(staging / f"member_{index}", weights, training, streams)
+                records |= checkpoints.file_records(staging, files)
             return self._node(), list(self.population.indices), records
 
         self._together(what, begin, clean_up)
@@ -1313,7 +1314,7 @@ class WashTrainer(Trainer):
                 manifest = self._manifest()
                 manifest["members"] = sorted(index for members, _ in here for index in members)
                 manifest["files"] = {name: record for _, records in here for name, record in sorted(records.items())}
-                checkpoint.publish(staging, folder, manifest)
+                checkpoints.publish(staging, folder, manifest)
 
         self._together(what, publish, clean_up)
 
@@ -1339,12 +1340,12 @@ class WashTrainer(Trainer):
         return self.state
 
     def _training_state(self, slot: int, index: int, member: nn.Module) -> tuple[dict, Any]:
-        training = checkpoint.cut_out(self.optimizer, self.lr_scheduler, member, index)
+        training = checkpoints.cut_out(self.optimizer, self.lr_scheduler, member, index)
         training["loss"] = self._losses[slot].item()
         if self.accelerator.scaler is not None:
             training["scaler"] = self.accelerator.scaler.state_dict()
         streams = {"streams": self.population.streams.state(index), "loader": self._batches.loaders[slot].state()}
-        return training, checkpoint.encode_streams(streams)
+        return training, checkpoints.encode_streams(streams)
 
     def _manifest(self) -> dict[str, Any]:
         args = self.args
@@ -1377,9 +1378,9 @@ class WashTrainer(Trainer):
             if not self.args.should_save:
                 return None, []
             if not search:
-                checkpoint.verify(requested)
+                checkpoints.verify(requested)
                 return Path(requested).name, []
-            found, skipped = checkpoint.newest_complete(self.args.output_dir)
+            found, skipped = checkpoints.newest_complete(self.args.output_dir)
             return found.name if found else None, [reason for _, reason in skipped]
 
         outcomes = self._checked(look)
@@ -1397,7 +1398,7 @@ class WashTrainer(Trainer):
                 return None
             raise ValueError(f"No complete checkpoint was found in `{self.args.output_dir}`.")
         folder = os.path.join(self.args.output_dir, name) if search else str(requested)
-        manifest = self._checked(lambda: checkpoint.read_manifest(folder))[self.population.rank]
+        manifest = self._checked(lambda: checkpoints.read_manifest(folder))[self.population.rank]
         self._adopt(manifest, folder)
         logger.info(f"Resuming from `{folder}`.")
         self._resume = {"folder": folder, "manifest": manifest, "streams": []}
@@ -1408,7 +1409,7 @@ class WashTrainer(Trainer):
         result, problem = None, None
         try:
             result = work()
-        except (checkpoint.InvalidCheckpoint, OSError) as error:
+        except (checkpoints.InvalidCheckpoint, OSError) as error:
             problem = str(error)
         outcomes = self.population.gather_processes((result, problem))
         problem = next((text for _, text in outcomes if text is not None), None)
@@ -1452,33 +1453,33 @@ class WashTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
-        frozen = folder / checkpoint.FROZEN
+        frozen = folder / checkpoints.FROZEN
         for index, member in self.population:
-            checkpoint.read_weights(member, folder / f"member_{index}" / checkpoint.MEMBER_WEIGHTS)
+            checkpoints.read_weights(member, folder / f"member_{index}" / checkpoints.MEMBER_WEIGHTS)
         if frozen.is_file():
             for member in self.population.members:
-                checkpoint.read_weights(member, frozen)
+                checkpoints.read_weights(member, frozen)
         self._soup_key = None
 
-    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
-        if checkpoint_folder is None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
             return
         parts = {}
         for index in self.population.indices:
-            training, streams = checkpoint.read_training(Path(checkpoint_folder) / f"member_{index}")
+            training, streams = checkpoints.read_training(Path(checkpoint) / f"member_{index}")
             parts[index] = training
-            self._resume["streams"].append(checkpoint.decode_streams(streams))
+            self._resume["streams"].append(checkpoints.decode_streams(streams))
         self._resume["parts"] = parts
-        checkpoint.put_together(self.optimizer, self.lr_scheduler, dict(self.population), parts)
+        checkpoints.put_together(self.optimizer, self.lr_scheduler, dict(self.population), parts)
 
-    def _load_scaler(self, checkpoint_folder: str | None) -> None:
-        if checkpoint_folder is None or self.accelerator.scaler is None:
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.accelerator.scaler is None:
             return
         state = self._resume["parts"][self.population.indices[0]].get("scaler")
         if state is not None:
             self.accelerator.scaler.load_state_dict(state)
 
-    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+    def _load_rng_state(self, checkpoint: str | None) -> None:
         # The members' streams are restored where their batches are drawn.
         return
 
@@ -1739,7 +1740,7 @@ class WashTrainer(Trainer):
             logger.error(str(error))
             return None
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def _push_from_checkpoint(self, checkpoint: str) -> None:
         """
         Upload a checkpoint's soup in the background and, as `hub_strategy` says, the checkpoint.
 
@@ -1747,7 +1748,7 @@ class WashTrainer(Trainer):
         have one, uploads from a folder that the next save or the rotation of checkpoints may change meanwhile, and
         does not tell when an upload has failed (5.23).
         """
-        args, folder = self.args, Path(checkpoint_folder)
+        args, folder = self.args, Path(checkpoint)
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
@@ -1755,7 +1756,7 @@ class WashTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         try:
-            self._write_card(checkpoint_folder, pictures=False, members=False)
+            self._write_card(checkpoint, pictures=False, members=False)
             output_dir = Path(args.output_dir)
             files = {name: path for name, path in root_files(output_dir).items() if path.suffix != ".safetensors"}
             files |= {name: path for name, path in root_files(folder).items() if not self._is_for_resuming(name)}
@@ -1793,7 +1794,7 @@ class WashTrainer(Trainer):
     @staticmethod
     def _is_for_resuming(name: str) -> bool:
         """Whether a file of a checkpoint serves to resume from it, not to use its model."""
-        return name.startswith("member_") or name in (checkpoint.MANIFEST, checkpoint.FROZEN, "trainer_state.json")
+        return name.startswith("member_") or name in (checkpoint.MANIFEST, checkpoints.FROZEN, "trainer_state.json")
 
 
 def _as_architecture(listing: list) -> list[tuple]:

@@ -1740,7 +1740,7 @@ class WashTrainer(Trainer):
             logger.error(str(error))
             return None
 
-    def _push_from_checkpoint(self, checkpoint: str) -> None:
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """
         Upload a checkpoint's soup in the background and, as `hub_strategy` says, the checkpoint.
 
@@ -1748,7 +1748,7 @@ class WashTrainer(Trainer):
         have one, uploads from a folder that the next save or the rotation of checkpoints may change meanwhile, and
         does not tell when an upload has failed (5.23).
         """
-        args, folder = self.args, Path(checkpoint)
+        args, folder = self.args, Path(checkpoint_folder)
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
@@ -1756,7 +1756,7 @@ class WashTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         try:
-            self._write_card(checkpoint, pictures=False, members=False)
+            self._write_card(checkpoint_folder, pictures=False, members=False)
             output_dir = Path(args.output_dir)
             files = {name: path for name, path in root_files(output_dir).items() if path.suffix != ".safetensors"}
             files |= {name: path for name, path in root_files(folder).items() if not self._is_for_resuming(name)}
@@ -1794,7 +1794,7 @@ class WashTrainer(Trainer):
     @staticmethod
     def _is_for_resuming(name: str) -> bool:
         """Whether a file of a checkpoint serves to resume from it, not to use its model."""
-        return name.startswith("member_") or name in (checkpoint.MANIFEST, checkpoints.FROZEN, "trainer_state.json")
+        return name.startswith("member_") or name in (checkpoints.MANIFEST, checkpoints.FROZEN, "trainer_state.json")
 
 
 def _as_architecture(listing: list) -> list[tuple]:

@@ -3,9 +3,10 @@ Carrying the values of a plan: out of the tensors, from process to process, and 
 
 `plan.py` says what moves, and `wash.py` when and whether; nothing here decides anything. Three things are kept apart:
 
-- a [`Route`] is the plan as one process sees it: which values its members give, in what order they leave, and in what
-  order the new ones arrive. Index arithmetic only, prepared ahead together with the plan.
-- [`HostTensors`] and [`DeviceTensors`] read and write the values of the members' tensors, on a CPU and elsewhere.
+- a [`Route`] is the plan as one process sees it: which values its members give, in what order they leave, and where
+  those that come are to land. Index arithmetic only, prepared ahead together with the plan.
+- a [`HostShipment`] or [`DeviceShipment`] reads the values out of the members' tensors, on a CPU or elsewhere, hands
+  them over and writes what came. Where the tensors lie, `memory.py` knows.
 - [`Wire`] is the one collective: for each pair of processes a header and, behind it, the bytes of the values that go
   from members of the one to members of the other.
 """
@@ -13,63 +14,26 @@ Carrying the values of a plan: out of the tensors, from process to process, and 
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from . import fused
+from .memory import BITS, Selection, Views, storage_offsets
 from .plan import Plan
 
 
-# `numpy.ndarray` where the values are on a CPU, else `torch.Tensor`: slices, views and assignments read alike in both,
-# and a NumPy call costs a microsecond less than one of torch, where dozens of calls are needed for a shuffle.
-Array = Any
+# The words of a header, int64: digest of the plan, step, flags; then one bit for each member of the process, set if it
+# gives a value that is not finite.
+DIGEST, STEP, FLAGS, BAD = range(4)
 
-# Values travel as integers of their width: whatever the dtype, a value arrives bit for bit, NaN payloads included.
+# From so many on, indices are kept in 32 bits.
+_MANY = 2**18
+
 _NUMPY_FLOATS = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@dataclass(frozen=True)
-class Plane:
-    """
-    Tensors that are carried in one run: the weights, or one slot of the optimizer's state, of one dtype.
-
-    Attributes:
-        slot (`str`, *optional*):
-            The key in the optimizer's state, or `None` for the weights.
-        dtype (`torch.dtype`):
-            The dtype of the values.
-        tensors (`tuple[int, ...]`):
-            Which of the shuffled parameters have it, ascending.
-    """
-
-    slot: str | None
-    dtype: torch.dtype
-    tensors: tuple[int, ...]
-
-    def __hash__(self):
-        # Planes are looked up often, and few differ in the tensors alone.
-        return hash((self.slot, self.dtype))
-
-
-class Selection(NamedTuple):
-    """
-    What a route depends on beside the plan: the tensors to be carried, and how they lie in memory.
-
-    Attributes:
-        tensors (`tuple[int, ...]`):
-            Which of the shuffled parameters, ascending.
-        strided (`tuple`):
-            For each local member, the tensors that are not contiguous (channels_last, say): their number, shape and
-            strides in elements.
-    """
-
-    tensors: tuple[int, ...]
-    strided: tuple[tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -81,27 +45,29 @@ class Route:
     member receives exactly where it gives, so the same places are written afterwards.
 
     Attributes:
-        pieces (`list[list[tuple[int, int, int, numpy.ndarray]]]`):
-            For each local member: the tensor, where its values start and stop among the gathered ones, and where they
-            lie in the tensor's memory, in elements from its first.
-        bounds (`list[int]`):
-            Where each local member's values start among the gathered ones, of length `num_local + 1`.
-        send_order (`numpy.ndarray`, *optional*):
+        offsets (`numpy.ndarray`):
+            Where the values lie in their tensors' memory, in elements from the first, of shape `(num_values,)`.
+        counts (`numpy.ndarray`):
+            How many there are of each tensor, member after member, int64 of shape `(num_local · num_tensors,)`.
+        leaving (`numpy.ndarray`, *optional*):
             The order in which the gathered values leave: by process of destination, then source member, destination
             member and coordinate. `None`: as they were gathered.
-        arrival_order (`numpy.ndarray`, *optional*):
-            For each place to be written, the number of its value among those that arrive. They arrive by process of
-            origin, then as they left. `None`: in the order of the places.
+        landing (`numpy.ndarray`, *optional*):
+            Which of the places to be written each value is for, in the order in which the values come: by process of
+            origin, then as they left. `None`: in the order of the places. With one process `leaving` is chosen so.
         sent (`list[int]`), received (`list[int]`):
             How many values go to and come from each process, this one included, of length `num_processes`.
+        moved (`int`):
+            How many values of these tensors change owner, over all members of the population.
     """
 
-    pieces: list[list[tuple[int, int, int, np.ndarray]]]
-    bounds: list[int]
-    send_order: np.ndarray | None
-    arrival_order: np.ndarray | None
+    offsets: np.ndarray
+    counts: np.ndarray
+    leaving: np.ndarray | None
+    landing: np.ndarray | None
     sent: list[int]
     received: list[int]
+    moved: int
 
 
 def route(plan: Plan, selection: Selection, members: range, num_processes: int) -> Route:
@@ -122,15 +88,17 @@ def route(plan: Plan, selection: Selection, members: range, num_processes: int) 
         [`Route`]: The route of these tensors.
     """
     tensors = selection.tensors
-    coordinates, cuts, picked = plan.coordinates, plan.offsets, None
+    coordinates, cuts, picked = plan.coordinates, np.array(plan.offsets), None
+    moved = plan.values_moved_by_tensor
     if len(tensors) < len(plan.offsets) - 1:
         ranges = [np.arange(plan.offsets[tensor], plan.offsets[tensor + 1]) for tensor in tensors]
         picked = np.concatenate(ranges)
-        cuts = [0, *np.cumsum([len(numbers) for numbers in ranges]).tolist()]
+        cuts = np.cumsum([0, *map(len, ranges)])
         coordinates = coordinates[picked]
+        moved = moved[list(tensors)]
 
     num_local = len(members)
-    pieces, bounds, to_others, from_others = [], [0], [], []
+    offsets, counts, to_others, from_others = [], [], [], []
     for member, strided in zip(members, selection.strided, strict=True):
         given, given_cuts = coordinates, cuts
         if num_processes < 2 or plan.num_members > 2:
@@ -139,262 +107,58 @@ def route(plan: Plan, selection: Selection, members: range, num_processes: int) 
                 sources, destinations = sources[picked], destinations[picked]
             if plan.num_members > 2:
                 # Fixed points stay out. With two members there are none: every moved coordinate is swapped.
-                moved = np.flatnonzero(sources != member)
-                given, sources, destinations = coordinates[moved], sources[moved], destinations[moved]
-                given_cuts = np.searchsorted(moved, cuts).tolist()
+                others = np.flatnonzero(sources != member)
+                given, sources, destinations = coordinates[others], sources[others], destinations[others]
+                given_cuts = np.searchsorted(others, cuts)
             # Numbers for (other process, source, destination): a stable sort leaves coordinates ascending in each.
-            to, origin = destinations.astype(np.int64), sources.astype(np.int64)
-            to_others.append((to // num_local * num_local + member % num_local) * num_local + to % num_local)
-            from_others.append((origin // num_local * num_local + origin % num_local) * num_local + member % num_local)
-        begin = bounds[-1]
-        layouts = {tensor: layout for tensor, *layout in strided}
-        pieces.append(
-            [
-                (
-                    tensor,
-                    begin + start,
-                    begin + stop,
-                    storage_offsets(given[start:stop], *layouts[tensor]) if tensor in layouts else given[start:stop],
-                )
-                for tensor, start, stop in zip(tensors, given_cuts[:-1], given_cuts[1:], strict=True)
-                if start < stop
-            ]
-        )
-        bounds.append(begin + len(given))
+            other = np.arange(plan.num_members, dtype=_key_type(plan.num_members * num_local))
+            process, place = np.divmod(other, other.dtype.type(num_local))
+            own = member % num_local
+            to_others.append(((process * num_local + own) * num_local + place).take(destinations))
+            from_others.append(((process * num_local + place) * num_local + own).take(sources))
+        if strided:
+            given = given.copy()
+            for tensor, *layout in strided:
+                piece = given[given_cuts[tensor] : given_cuts[tensor + 1]]
+                piece[:] = storage_offsets(piece, *layout)
+        offsets.append(_compact(given))
+        counts.append(np.diff(given_cuts))
 
+    where = offsets[0] if num_local == 1 else np.concatenate(offsets)
+    how_many, all_moved = np.concatenate(counts), int(moved.sum())
     if not to_others:
         # Two members in two processes: all that is given goes to the other one, in the order of the coordinates.
-        counts = [0 if process == members.start else bounds[-1] for process in range(2)]
-        return Route(pieces, bounds, None, None, counts, counts)
-    leaving, arriving = np.concatenate(to_others), np.concatenate(from_others)
-    send_order, arrival_order = _stable_order(leaving), np.empty(len(arriving), dtype=np.int64)
-    arrival_order[_stable_order(arriving)] = np.arange(len(arriving))
-    sent = np.bincount(leaving // num_local**2, minlength=num_processes).tolist()
-    received = np.bincount(arriving // num_local**2, minlength=num_processes).tolist()
+        by_process = [0 if process == members.start else len(where) for process in range(2)]
+        return Route(where, how_many, None, None, by_process, by_process, all_moved)
+    (leaving, sent), (landing, received) = (
+        _sorted_by_process(np.concatenate(keys), num_local, num_processes) for keys in (to_others, from_others)
+    )
     if num_processes == 1:
         # Nothing leaves, so one reordering does for both.
-        return Route(pieces, bounds, None, send_order[arrival_order], sent, received)
-    return Route(pieces, bounds, send_order, arrival_order, sent, received)
+        order = np.empty_like(leaving)
+        order[landing] = leaving
+        return Route(where, how_many, order, None, sent, received, all_moved)
+    return Route(where, how_many, leaving, landing, sent, received, all_moved)
 
 
-def _stable_order(keys: np.ndarray) -> np.ndarray:
-    # For 16 bits NumPy has a radix sort. Larger keys need more than 65,536 pairs of members.
-    return np.argsort(keys.astype(np.uint16) if int(keys.max(initial=0)) < 2**16 else keys, kind="stable")
+def _key_type(num_keys: int) -> type[np.integer]:
+    # For 16 bits NumPy has a radix sort. More than 65,536 pairs of members need more.
+    return np.uint16 if num_keys <= 2**16 else np.int64
 
 
-def storage_offsets(coordinates: np.ndarray, shape: Sequence[int], strides: Sequence[int]) -> np.ndarray:
-    """
-    Where coordinates of a strided tensor lie in its memory.
-
-    Args:
-        coordinates (`numpy.ndarray`):
-            Indices into the flattened tensor, in logical (row-major) order.
-        shape (`Sequence[int]`), strides (`Sequence[int]`):
-            The tensor's shape and its strides in elements, of equal length.
-
-    Returns:
-        `numpy.ndarray`: Elements from the tensor's first, int64, of the shape of `coordinates`.
-    """
-    rest, offsets = coordinates, np.zeros_like(coordinates)
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size > 1:
-            quotient = rest // size
-            offsets += (rest - quotient * size) * stride
-            rest = quotient
-    return offsets
+def _sorted_by_process(keys: np.ndarray, num_local: int, num_processes: int) -> tuple[np.ndarray, list[int]]:
+    """The numbers of the keys in their order, and how many keys each process has: `num_local²` in a row are of one."""
+    counts = [len(keys)]
+    if num_processes > 1:
+        counts = np.bincount(keys // num_local**2, minlength=num_processes).tolist()
+    return _compact(np.argsort(keys, kind="stable")), counts
 
 
-def overlaps(tensor: torch.Tensor) -> bool:
-    """Whether two coordinates of a tensor may share their memory, as they do in an expanded one."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += (size - 1) * stride
-    return False
-
-
-def _storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory between a tensor's first and last element, as integers of shape `(span,)`."""
-    if tensor.numel() == 0:
-        return torch.empty(0, dtype=_BITS[tensor.element_size()], device=tensor.device)
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.detach().as_strided((span,), (1,), tensor.storage_offset()).view(_BITS[tensor.element_size()])
-
-
-# Gives, for a plane and a local member, the tensors in the plane's order; None for one that does not exist (yet).
-TensorsOf = Callable[[Plane, int], list[torch.Tensor | None]]
-
-
-class _MemberTensors:
-    """
-    Views of the memory of the local members' tensors, kept from one shuffle to the next.
-
-    Args:
-        tensors_of (`Callable`):
-            Gives, for a plane and a local member, the tensors in the plane's order; `None` for one that is missing.
-        num_local (`int`):
-            The number of members in this process.
-        device (`torch.device`):
-            Where the tensors are.
-    """
-
-    def __init__(self, tensors_of: TensorsOf, num_local: int, device: torch.device):
-        self._tensors_of = tensors_of
-        self._num_local = num_local
-        self._device = device
-        self._addresses: dict[tuple[Plane, int], list[int]] = {}
-        self._views: dict[tuple[Plane, int], dict[int, torch.Tensor]] = {}
-        self._strided: dict[tuple[Plane, int], tuple] = {}
-
-    def select(self, plane: Plane) -> Selection:
-        """
-        Brings the views of a plane's tensors up to date, and says how the tensors lie in memory.
-
-        A tensor that has got other memory since the last shuffle (a changed memory format, a state that was loaded) is
-        noticed by its address. The view keeps the old memory alive until then, so nothing else can get that address.
-        """
-        for local in range(self._num_local):
-            tensors = self._tensors_of(plane, local)
-            addresses = [tensor.data_ptr() if tensor is not None else 0 for tensor in tensors]
-            if self._addresses.get((plane, local)) != addresses:
-                present = [(n, t) for n, t in zip(plane.tensors, tensors, strict=True) if t is not None]
-                self._views[plane, local] = {number: _storage(tensor) for number, tensor in present}
-                self._strided[plane, local] = tuple(
-                    (number, tuple(tensor.shape), tensor.stride())
-                    for number, tensor in present
-                    if not tensor.is_contiguous()
-                )
-                self._addresses[plane, local] = addresses
-                self._changed(plane, local)
-        return Selection(plane.tensors, tuple(self._strided[plane, local] for local in range(self._num_local)))
-
-    def _changed(self, plane: Plane, local: int) -> None:
-        """Called when the views of a plane of a local member are new."""
-
-
-class HostTensors(_MemberTensors):
-    """
-    Reads and writes the members' tensors on a CPU.
-
-    NumPy takes and puts a few dozen elements of each of a hundred tensors four to ten times faster than torch does,
-    whose cost per call is larger.
-    """
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        # By the number of the parameter, None for one that is not in the plane or is missing.
-        self._arrays: dict[tuple[Plane, int], list[np.ndarray | None]] = {}
-
-    def _changed(self, plane: Plane, local: int) -> None:
-        arrays: list[np.ndarray | None] = [None] * (plane.tensors[-1] + 1)
-        for number, view in self._views[plane, local].items():
-            arrays[number] = view.numpy().view(f"u{plane.dtype.itemsize}")
-        self._arrays[plane, local] = arrays
-
-    def gather(self, plane: Plane, path: Route) -> tuple[np.ndarray, np.ndarray]:
-        """
-        Reads the values that the local members give.
-
-        Returns:
-            `tuple`: The values' bits, of shape `(bounds[-1],)`, zeros where a tensor is missing; and, for each local
-            member, whether one of its values is NaN or infinite, of shape `(num_local,)`.
-        """
-        values = np.empty(path.bounds[-1], dtype=f"u{plane.dtype.itemsize}")
-        for local, pieces in enumerate(path.pieces):
-            arrays = self._arrays[plane, local]
-            for number, start, stop, places in pieces:
-                array = arrays[number]
-                if array is None:
-                    values[start:stop] = 0
-                else:
-                    # Any mode but "raise" lets NumPy write into `out` without a copy; no place is out of range.
-                    array.take(places, out=values[start:stop], mode="clip")
-        if plane.dtype in _NUMPY_FLOATS:
-            finite = np.isfinite(values.view(_NUMPY_FLOATS[plane.dtype]))
-        else:
-            finite = _isfinite(torch.from_numpy(values).view(plane.dtype)).numpy()
-        pairs = zip(path.bounds[:-1], path.bounds[1:], strict=True)
-        return values, np.array([not finite[start:stop].all() for start, stop in pairs])
-
-    def scatter(self, plane: Plane, path: Route, values: np.ndarray) -> None:
-        """Writes values, of the shape and order that were gathered, to where those came from."""
-        for local, pieces in enumerate(path.pieces):
-            arrays = self._arrays[plane, local]
-            for number, start, stop, places in pieces:
-                array = arrays[number]
-                if array is not None:
-                    array[places] = values[start:stop]
-
-
-class DeviceTensors(_MemberTensors):
-    """Reads and writes the members' tensors with torch alone, on any device. Methods are those of [`HostTensors`]."""
-
-    def gather(self, plane: Plane, path: Route) -> tuple[torch.Tensor, torch.Tensor]:
-        values = torch.zeros(path.bounds[-1], dtype=_BITS[plane.dtype.itemsize], device=self._device)
-        for storage, places, piece in self._pieces(plane, path, values):
-            torch.index_select(storage, 0, places, out=piece)
-        finite = _isfinite(values.view(plane.dtype))
-        pairs = zip(path.bounds[:-1], path.bounds[1:], strict=True)
-        return values, torch.stack([~finite[start:stop].all() for start, stop in pairs])
-
-    def scatter(self, plane: Plane, path: Route, values: torch.Tensor) -> None:
-        for storage, places, piece in self._pieces(plane, path, values):
-            storage.index_copy_(0, places, piece)
-
-    def _pieces(
-        self, plane: Plane, path: Route, values: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        # One copy to the device for all tensors: a hundred small ones would cost more than the shuffle itself.
-        places = [place for pieces in path.pieces for *_, place in pieces]
-        if not places:
-            return
-        uploaded = to_device(np.concatenate(places), self._device)
-        for local, pieces in enumerate(path.pieces):
-            views = self._views[plane, local]
-            for number, start, stop, _ in pieces:
-                if number in views:
-                    yield views[number], uploaded[start:stop], values[start:stop]
-
-
-def _isfinite(values: torch.Tensor) -> torch.Tensor:
-    # torch 2.15 has no isfinite for 8-bit floats.
-    return (values.float() if values.element_size() == 1 else values).isfinite()
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copies an array to a device; to a GPU from pinned memory, so that the host does not wait."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def reorder(values: Array, indices: np.ndarray | None) -> Array:
-    """`values[indices]`, or the values themselves where there is nothing to reorder."""
-    if indices is None:
-        return values
-    if isinstance(values, np.ndarray):
-        return values.take(indices)
-    return values.index_select(0, to_device(indices, values.device))
-
-
-@dataclass(frozen=True)
-class Cargo:
-    """
-    A plane's values on their way.
-
-    Attributes:
-        plane ([`Plane`]), path ([`Route`]):
-            What they are, and where they come from and go to.
-        values (`numpy.ndarray` or `torch.Tensor`):
-            Their bits, as gathered, of shape `(path.bounds[-1],)`.
-    """
-
-    plane: Plane
-    path: Route
-    values: Array
+def _compact(numbers: np.ndarray) -> np.ndarray:
+    """The same numbers in 32 bits where there are many, to save memory."""
+    if len(numbers) > _MANY and int(numbers.max()) < 2**31:
+        return numbers.astype(np.int32)
+    return numbers
 
 
 class Wire:
@@ -417,88 +181,402 @@ class Wire:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.device = device
-        self._host = device.type == "cpu"
-        self._roomy = self._host and "gloo" in str(dist.get_backend(group))
+        self.on_host = device.type == "cpu"
+        self.roomy = self.on_host and "gloo" in str(dist.get_backend(group))
 
-    def exchange(self, header: Array, cargos: Sequence[Cargo], room: int) -> tuple[Array, list[Array], int, float]:
+    def exchange(
+        self, received: torch.Tensor, sent: torch.Tensor, receive_sizes: list[int], send_sizes: list[int]
+    ) -> float:
+        """
+        Sends every process its bytes, and receives the same.
+
+        Args:
+            received (`torch.Tensor`), sent (`torch.Tensor`):
+                Bytes by process, uint8 of the shape of the sums of the sizes, on the wire's device.
+            receive_sizes (`list[int]`), send_sizes (`list[int]`):
+                How many bytes come from and go to each process; 0 for this one.
+
+        Returns:
+            `float`: The seconds spent in the collective.
+        """
+        before = time.perf_counter()
+        dist.all_to_all_single(received, sent, receive_sizes, send_sizes, group=self.group)
+        return time.perf_counter() - before
+
+
+class _Layout:
+    """
+    Where headers and values lie among the bytes that one shuffle sends and receives.
+
+    Args:
+        wire ([`Wire`]):
+            The wire.
+        header_bytes (`int`):
+            The length of a header.
+        loads (`Sequence[tuple[int, Route]]`):
+            For each plane, the bytes of a value, and the route.
+        room (`int`):
+            How many bytes of values another process may send if its plan differs from this one's.
+
+    Attributes:
+        send_sizes (`list[int]`), receive_sizes (`list[int]`):
+            The bytes for each process.
+        headers_out (`dict[int, slice]`), headers_in (`dict[int, slice]`):
+            Where the headers for and of the other processes are.
+        values_out (`list[dict[int, slice]]`), values_in (`list[dict[int, slice]]`):
+            For each plane, where the values for and of the other processes are.
+    """
+
+    def __init__(self, wire: Wire, header_bytes: int, loads: Sequence[tuple[int, Route]], room: int):
+        others = [process for process in range(wire.size) if process != wire.rank]
+        self.send_sizes, self.headers_out, self.values_out = self._messages(
+            others, wire.size, header_bytes, [[width * n for n in path.sent] for width, path in loads], 0
+        )
+        # Eight bytes more or less are of no account, and the next message begins where its numbers can be read in place.
+        enough = -(-(header_bytes + room) // 8) * 8 if wire.roomy else 0
+        self.receive_sizes, self.headers_in, self.values_in = self._messages(
+            others, wire.size, header_bytes, [[width * n for n in path.received] for width, path in loads], enough
+        )
+
+    @staticmethod
+    def _messages(others: list[int], num_processes: int, header_bytes: int, lengths: list[list[int]], enough: int):
+        sizes, headers, values = [0] * num_processes, {}, [{} for _ in lengths]
+        start = 0
+        for process in others:
+            end = start + header_bytes
+            headers[process] = slice(start, end)
+            for places, by_process in zip(values, lengths, strict=True):
+                places[process] = slice(end, end + by_process[process])
+                end += by_process[process]
+            sizes[process] = max(end - start, enough)
+            start += sizes[process]
+        return sizes, headers, values
+
+
+class HostShipment:
+    """
+    What one shuffle carries between tensors on a CPU.
+
+    All that does not depend on the values is worked out when it is made, together with the plan: buffers, and what is
+    read from and written to where.
+
+    Args:
+        views (`Sequence[Views]`):
+            The planes.
+        paths (`Sequence[Route]`):
+            Their routes.
+        wire ([`Wire`], *optional*):
+            The way to the other processes, if there are any.
+        header_words (`int`):
+            The length of a header, in int64.
+        room (`int`):
+            See [`_Layout`].
+    """
+
+    def __init__(
+        self, views: Sequence[Views], paths: Sequence[Route], wire: Wire | None, header_words: int, room: int
+    ):
+        self.views = tuple(views)
+        self.volumes = [_volume(view, path) for view, path in zip(views, paths, strict=True)]
+        self._wire = wire
+        self._touched = _touched(views, paths)
+        # For each plane: places in the space, and the values that are read there, and written there.
+        self._reads: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in views]
+        self._writes: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in views]
+        places = [view.places(path.offsets, path.counts) for view, path in zip(views, paths, strict=True)]
+        if wire is None:
+            for plane, (view, path, here) in enumerate(zip(views, paths, places, strict=True)):
+                assert path.leaving is not None
+                values = np.empty(len(here), dtype=_unsigned(view))
+                self._reads[plane].append((here[path.leaving], values))
+                self._writes[plane].append((here, values))
+            return
+        layout = _Layout(wire, 8 * header_words, list(zip(_widths(views), paths, strict=True)), room)
+        self._sizes = layout.receive_sizes, layout.send_sizes
+        sent, received = (np.empty(sum(sizes), np.uint8) for sizes in (layout.send_sizes, layout.receive_sizes))
+        self._buffers = torch.from_numpy(received), torch.from_numpy(sent)
+        self._headers_out = [sent[place].view(np.int64) for place in layout.headers_out.values()]
+        self._headers_in = {process: received[place].view(np.int64) for process, place in layout.headers_in.items()}
+        for header in self._headers_in.values():
+            # Should nothing arrive, then what this memory held before must not pass for a header.
+            header[:] = 0
+        for plane, (view, path, here) in enumerate(zip(views, paths, places, strict=True)):
+            sources, destinations = (
+                _by_process(here, order, counts)
+                for order, counts in ((path.leaving, path.sent), (path.landing, path.received))
+            )
+            for process in range(wire.size):
+                if process == wire.rank:
+                    own = np.empty(path.sent[process], dtype=_unsigned(view))
+                    outgoing, incoming = own, own
+                else:
+                    outgoing = sent[layout.values_out[plane][process]].view(_unsigned(view))
+                    incoming = received[layout.values_in[plane][process]].view(_unsigned(view))
+                if len(outgoing):
+                    self._reads[plane].append((sources[process], outgoing))
+                if len(incoming):
+                    self._writes[plane].append((destinations[process], incoming))
+
+    def stale(self) -> bool:
+        """Whether one of the tensors that are read has got other memory since it was looked at."""
+        return _stale(self._touched)
+
+    def gather(self, header: np.ndarray) -> np.ndarray:
+        """
+        Reads the values that the local members give.
+
+        Args:
+            header (`numpy.ndarray`):
+                int64, of shape `(header_words,)`, with no bit set from `BAD` on.
+
+        Returns:
+            `numpy.ndarray`: The header, with the bits set of the members of whose values one is NaN or infinite.
+        """
+        for view, reads in zip(self.views, self._reads, strict=True):
+            for places, values in reads:
+                # Any mode but "raise" lets NumPy write into `out`; no place is out of range.
+                view.space.take(places, out=values, mode="clip")
+                finite = _are_finite(values, view.plane.dtype)
+                if not finite.all():
+                    for member in view.members_at(places[~finite]).tolist():
+                        header[BAD + member // 64] |= np.int64(np.uint64(1 << member % 64).view(np.int64))
+        return header
+
+    def exchange(self, header: np.ndarray) -> tuple[list[list[int]], int, float]:
         """
         Sends every process this one's header and the values for its members, and receives the same.
 
         Args:
-            header (`numpy.ndarray` or `torch.Tensor`):
-                int64, of shape `(header_words,)`; an array if the wire is on a CPU.
-            cargos (`Sequence[Cargo]`):
-                What is to be carried.
-            room (`int`):
-                How many bytes of values another process may send if its plan differs from this one's.
+            header (`numpy.ndarray`):
+                int64, of shape `(header_words,)`.
 
         Returns:
-            `tuple`: The headers, int64 of shape `(num_processes, header_words)`, this process's own among them; for
-            each cargo the values that its members get, as they are to be scattered; the bytes sent; and the seconds
-            spent in the collective.
+            `tuple`: The headers of all processes, this one's among them; the bytes sent; and the seconds spent in the
+            collective.
         """
-        header_bytes = self._bytes(header)
-        head = len(header_bytes)
-        processes = range(self.size)
-        leaving, expected = [], [head] * self.size
-        for cargo in cargos:
-            width = cargo.plane.dtype.itemsize
-            content = self._bytes(reorder(cargo.values, cargo.path.send_order))
-            ends = list(itertools.accumulate((width * count for count in cargo.path.sent), initial=0))
-            leaving.append([content[start:end] for start, end in itertools.pairwise(ends)])
-            expected = [size + width * count for size, count in zip(expected, cargo.path.received, strict=True)]
-        outgoing = [[] if p == self.rank else [header_bytes, *(pieces[p] for pieces in leaving)] for p in processes]
-        send_sizes = [sum(map(len, message)) for message in outgoing]
-        receive_sizes = [max(size, head + room) if self._roomy else size for size in expected]
-        receive_sizes[self.rank] = 0
-        send = self._cat([piece for message in outgoing for piece in message])
-        receive = self._empty(sum(receive_sizes))
-        starts = list(itertools.accumulate(receive_sizes, initial=0))
-        for process in processes:
-            if process != self.rank:
-                # Should nothing arrive, then what this memory held before must not pass for a header.
-                receive[starts[process] : starts[process] + head] = 0
+        if self._wire is None:
+            return [header.tolist()], 0, 0.0
+        for place in self._headers_out:
+            place[:] = header
+        waited = self._wire.exchange(*self._buffers, *self._sizes)
+        rank = self._wire.rank
+        headers = [
+            (header if process == rank else self._headers_in[process]).tolist() for process in range(self._wire.size)
+        ]
+        return headers, sum(self._sizes[1]), waited
 
-        before = time.perf_counter()
-        if self._host:
-            receive_tensor, send_tensor = torch.from_numpy(receive), torch.from_numpy(send)
-        else:
-            receive_tensor, send_tensor = receive, send
-        dist.all_to_all_single(receive_tensor, send_tensor, receive_sizes, send_sizes, group=self.group)
-        waited = time.perf_counter() - before
+    def keep_only(self, num_planes: int) -> None:
+        """Leaves all but the first planes as they are."""
+        self.views, self.volumes = self.views[:num_planes], self.volumes[:num_planes]
+        self._writes = self._writes[:num_planes]
 
-        headers = [header_bytes if p == self.rank else receive[starts[p] : starts[p] + head] for p in processes]
-        places = [start + head for start in starts[:-1]]
-        arrived = []
-        for cargo, pieces in zip(cargos, leaving, strict=True):
-            coming = []
-            for process, count in enumerate(cargo.path.received):
-                length = count * cargo.plane.dtype.itemsize
-                if process == self.rank:
-                    coming.append(pieces[process])
-                else:
-                    coming.append(receive[places[process] : places[process] + length])
-                    places[process] += length
+    def scatter(self) -> None:
+        """Writes what has arrived to where as much was gathered."""
+        for view, writes in zip(self.views, self._writes, strict=True):
+            for places, values in writes:
+                view.space[places] = values
+
+
+class DeviceShipment:
+    """
+    As [`HostShipment`], for tensors on any device.
+
+    On a GPU one kernel reads and one writes all values of a plane (`fused.py`). Elsewhere torch goes from tensor to tensor.
+    Headers are tensors on the wire's device, so that nothing needs to be waited for.
+    """
+
+    def __init__(
+        self, views: Sequence[Views], paths: Sequence[Route], wire: Wire | None, header_words: int, room: int
+    ):
+        self.views = tuple(views)
+        self.volumes = [_volume(view, path) for view, path in zip(views, paths, strict=True)]
+        self._paths = list(paths)
+        self._wire = wire
+        self._touched = _touched(views, paths)
+        self._itineraries = [_itinerary(view, path) for view, path in zip(views, paths, strict=True)]
+        self._uploaded: list[dict[str, torch.Tensor]] = []
+        self._values: list[torch.Tensor] = []
+        self._arrived: list[torch.Tensor] = []
+        if wire is not None:
+            self._layout = _Layout(wire, 8 * header_words, list(zip(_widths(views), paths, strict=True)), room)
+
+    def stale(self) -> bool:
+        return _stale(self._touched)
+
+    def gather(self, header: np.ndarray) -> torch.Tensor:
+        wired = self._wire.device if self._wire is not None else torch.device("cpu")
+        sent_header = to_device(header, self.views[0].device if self.views else wired)
+        self._values, self._uploaded = [], []
+        for view, path, itinerary in zip(self.views, self._paths, self._itineraries, strict=True):
+            # One copy to the device for each plane: a hundred small ones would cost more than the shuffle itself.
+            parts = to_device(np.concatenate(list(itinerary.values())), view.device)
+            lengths = [len(array) for array in itinerary.values()]
+            uploaded = dict(zip(itinerary, parts.split(lengths), strict=True))
+            values = torch.zeros(len(path.offsets), dtype=BITS[view.plane.dtype.itemsize], device=view.device)
+            if "places" in uploaded:
+                longest = int(np.diff(itinerary["bounds"]).max())
+                fused.gather(
+                    uploaded["places"], uploaded["bounds"], longest, values, sent_header[BAD:], view.plane.dtype
+                )
+            else:
+                for storage, offsets, piece in _pieces(view, path, uploaded["offsets"], values):
+                    torch.index_select(storage, 0, offsets, out=piece)
+                _note_bad(sent_header[BAD:], values.view(view.plane.dtype), itinerary["bounds"].tolist())
+            self._values.append(values)
+            self._uploaded.append(uploaded)
+        return sent_header.to(wired) if self._wire is not None else sent_header
+
+    def exchange(self, header: torch.Tensor) -> tuple[torch.Tensor, int, float]:
+        if self._wire is None:
+            self._arrived = self._values
+            return header[None], 0, 0.0
+        wire, layout = self._wire, self._layout
+        pieces = []
+        for values, path, uploaded in zip(self._values, self._paths, self._uploaded, strict=True):
+            leaving = values.index_select(0, uploaded["leaving"]) if "leaving" in uploaded else values
+            pieces.append(leaving.view(torch.uint8).split([values.element_size() * count for count in path.sent]))
+        sent = torch.cat(
+            [
+                piece.to(wire.device)
+                for process in layout.headers_out
+                for piece in (header.view(torch.uint8), *(by_process[process] for by_process in pieces))
+            ]
+        )
+        received = torch.zeros(sum(layout.receive_sizes), dtype=torch.uint8, device=wire.device)
+        waited = wire.exchange(received, sent, layout.receive_sizes, layout.send_sizes)
+        self._arrived = []
+        for values, places, own in zip(self._values, layout.values_in, pieces, strict=True):
+            coming = [
+                own[process] if process == wire.rank else received[places[process]].to(values.device)
+                for process in range(wire.size)
+            ]
             # The copy also aligns the values: those of 16 bits may begin and end anywhere.
-            arrived.append(reorder(self._ashore(self._cat(coming), cargo), cargo.path.arrival_order))
-        return self._cat(headers).view(header.dtype).reshape(self.size, -1), arrived, sum(send_sizes), waited
+            self._arrived.append(torch.cat(coming).view(values.dtype))
+        headers = [
+            header if process == wire.rank else received[layout.headers_in[process]].clone().view(torch.int64)
+            for process in range(wire.size)
+        ]
+        return torch.stack(headers), sum(layout.send_sizes), waited
 
-    def _bytes(self, values: Array) -> Array:
-        if self._host:
-            # Values on a GPU whose processes can only send from a CPU are waited for here.
-            return (values.cpu().numpy() if isinstance(values, torch.Tensor) else values).view(np.uint8)
-        return values.view(torch.uint8)
+    def keep_only(self, num_planes: int) -> None:
+        self.views, self.volumes = self.views[:num_planes], self.volumes[:num_planes]
+        self._paths, self._arrived = self._paths[:num_planes], self._arrived[:num_planes]
+        self._values, self._uploaded = self._values[:num_planes], self._uploaded[:num_planes]
 
-    def _empty(self, size: int) -> Array:
-        return np.empty(size, np.uint8) if self._host else torch.empty(size, dtype=torch.uint8, device=self.device)
+    def scatter(self, headers: torch.Tensor | None = None) -> None:
+        """As [`HostShipment.scatter`]; with headers, on the device, nothing is written if they do not allow it."""
+        fine = None
+        loads = zip(self.views, self._paths, self._uploaded, self._values, self._arrived, strict=True)
+        for view, path, uploaded, values, arrived in loads:
+            # With one process the values still have the order of the places that they were read from.
+            order = uploaded.get("leaving") if self._wire is None else None
+            if "places" in uploaded:
+                fused.scatter(uploaded.get("landing", uploaded["places"]), order, arrived, headers, BAD)
+                continue
+            if order is not None:
+                arrived = arrived.index_select(0, order)
+            elif "landing" in uploaded:
+                arrived = torch.empty_like(arrived).index_copy_(0, uploaded["landing"], arrived)
+            if headers is not None:
+                if fine is None:
+                    fine = (headers[:, DIGEST] == headers[0, DIGEST]).all() & (headers[:, BAD:] == 0).all()
+                arrived = torch.where(fine, arrived, values)
+            for storage, offsets, piece in _pieces(view, path, uploaded["offsets"], arrived):
+                storage.index_copy_(0, offsets, piece)
 
-    def _cat(self, pieces: Sequence[Array]) -> Array:
-        return np.concatenate(pieces) if self._host else torch.cat(list(pieces))
 
-    def _ashore(self, content: Array, cargo: Cargo) -> Array:
-        if isinstance(cargo.values, torch.Tensor) and isinstance(content, np.ndarray):
-            content = to_device(content, cargo.values.device)
-        return content.view(cargo.values.dtype)
+def _itinerary(view: Views, path: Route) -> dict[str, np.ndarray]:
+    """
+    What a device has to know to carry a plane, int64: where each member's values start, where they are (`places`, for
+    the kernels, or else `offsets` in their tensors), in what order they leave, and where those that come are to land.
+    """
+    by_member = path.counts.reshape(-1, len(view.plane.tensors)).sum(axis=1)
+    found = {"bounds": np.concatenate([[0], np.cumsum(by_member)])}
+    if path.leaving is not None:
+        found["leaving"] = path.leaving
+    if view.plane.dtype in fused.EXPONENTS and fused.works(view.device):
+        found["places"] = view.places(path.offsets, path.counts) + view.origin
+        if path.landing is not None:
+            found["landing"] = found["places"][path.landing]
+    else:
+        found["offsets"] = path.offsets
+        if path.landing is not None:
+            found["landing"] = path.landing
+    return {name: array.astype(np.int64, copy=False) for name, array in found.items()}
+
+
+def _pieces(
+    view: Views, path: Route, offsets: torch.Tensor, values: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For each tensor that there is and of which something moves: its memory, where in it, and the values."""
+    counts = path.counts.tolist()
+    for tensor, storage, where, piece in zip(
+        view.tensors, view.storages, offsets.split(counts), values.split(counts), strict=True
+    ):
+        if tensor is not None and len(piece):
+            yield storage, where, piece
+
+
+def _note_bad(words: torch.Tensor, values: torch.Tensor, bounds: list[int]) -> None:
+    """Sets the bits of the members that give NaN or infinite values; on the device, so that nothing is waited for."""
+    finite = _isfinite(values)
+    flags = torch.stack([~finite[start:stop].all() for start, stop in itertools.pairwise(bounds)]).to(torch.int64)
+    bits = flags << torch.arange(len(flags), device=words.device) % 64
+    words |= torch.nn.functional.pad(bits, (0, -len(bits) % 64)).view(-1, 64).sum(dim=1)
+
+
+def _unsigned(view: Views) -> str:
+    return f"u{view.plane.dtype.itemsize}"
+
+
+def _widths(views: Sequence[Views]) -> list[int]:
+    return [view.plane.dtype.itemsize for view in views]
+
+
+def _volume(view: Views, path: Route) -> tuple[int, int, int, int]:
+    """The values and bytes that members of this process get from others, and those that all members get."""
+    width = view.plane.dtype.itemsize
+    return len(path.offsets), len(path.offsets) * width, path.moved, path.moved * width
+
+
+def _by_process(places: np.ndarray, order: np.ndarray | None, counts: list[int]) -> list[np.ndarray]:
+    """Splits places, in the order in which their values travel, by process."""
+    ordered = places if order is None else places[order]
+    return [ordered[start:stop] for start, stop in itertools.pairwise(itertools.accumulate(counts, initial=0))]
+
+
+def _touched(views: Sequence[Views], paths: Sequence[Route]) -> list[tuple[torch.Tensor, int]]:
+    """The tensors that are read and written, and where they were when they were looked at."""
+    return [
+        (tensor, address)
+        for view, path in zip(views, paths, strict=True)
+        for tensor, address in itertools.compress(zip(view.tensors, view.addresses, strict=True), path.counts.tolist())
+        if tensor is not None
+    ]
+
+
+def _stale(touched: list[tuple[torch.Tensor, int]]) -> bool:
+    return any(tensor.data_ptr() != address for tensor, address in touched)
+
+
+def _are_finite(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    if dtype in _NUMPY_FLOATS:
+        return np.isfinite(values.view(_NUMPY_FLOATS[dtype]))
+    # The copy is aligned, which torch needs.
+    return _isfinite(torch.from_numpy(values.copy()).view(dtype)).numpy()
+
+
+def _isfinite(values: torch.Tensor) -> torch.Tensor:
+    # torch 2.15 has no isfinite for 8-bit floats.
+    return (values.float() if values.element_size() == 1 else values).isfinite()
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copies an array to a device; to a GPU from pinned memory, so that the host does not wait."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def room_for_values(expected: float, num_local: int, width: int) -> int:

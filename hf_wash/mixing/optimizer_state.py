@@ -134,6 +134,9 @@ class OptimizerStates:
                         f"optimizer of every member that this process hosts, after the models were moved and prepared."
                     )
         self._owners = [[owners[id(parameter)] for parameter in member] for member in self._parameters]
+        # Raised whenever a slot came, went or became another tensor.
+        self.version = 0
+        self._layout: tuple[int, Layout] | None = None
         # By member and parameter: the state's dictionary, its length when it was read, and its slots.
         self._known: list[list[tuple[dict | None, int, dict]]] = [[(None, 0, {})] * len(m) for m in self._parameters]
 
@@ -150,6 +153,7 @@ class OptimizerStates:
                 unchanged = state is seen and (state is None or len(state) == length)
                 if unchanged and all(state[key] is value for key, value in found.items()):
                     continue
+                self.version += 1
                 if state is None:
                     known[number] = (None, 0, {})
                     continue
@@ -171,9 +175,12 @@ class OptimizerStates:
 
     def layout(self) -> Layout:
         """The slots that all local members have."""
-        return common_layout(
-            [tuple(tuple((k, v.dtype) for k, v in found.items()) for _, _, found in known) for known in self._known]
-        )
+        if self._layout is None or self._layout[0] != self.version:
+            layouts = [
+                tuple(tuple((k, v.dtype) for k, v in found.items()) for _, _, found in known) for known in self._known
+            ]
+            self._layout = self.version, common_layout(layouts)
+        return self._layout[1]
 
 
 def common_layout(layouts: Sequence[Layout]) -> Layout:

@@ -5,8 +5,10 @@ What a caller uses is here: [`WashMixer`], the statistics it returns and the err
 the transport in `exchange.py`, the probabilities in `schedule.py`.
 """
 
+import functools
+import operator
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,20 +18,17 @@ import torch.distributed as dist
 from torch import nn
 
 from .exchange import (
-    Array,
-    Cargo,
-    DeviceTensors,
-    HostTensors,
-    Plane,
+    BAD,
+    FLAGS,
+    STEP,
+    DeviceShipment,
+    HostShipment,
     Route,
-    Selection,
     Wire,
-    overlaps,
-    reorder,
     room_for_values,
     route,
-    to_device,
 )
+from .memory import Plane, Selection, Views, aligned, look, overlaps
 from .optimizer_state import Layout, OptimizerStates, common_layout, optimizer_name, trial_refusal
 from .plan import PLAN_VERSION, Planner
 from .schedule import SCHEDULES, check_probability, layer_probabilities, plain_name, shuffled_layers
@@ -98,8 +97,6 @@ class MixStats:
     wait_seconds: float
 
 
-# Words of a header before the bits that say which members give something that is not finite.
-_DIGEST, _STEP, _FLAGS, _BAD = range(4)
 _STOP, _STATE_CHANGED = 1, 2
 # In the place of a plan's digest when nothing is to be moved.
 _NO_SHUFFLE = bytes(8)
@@ -205,16 +202,14 @@ class WashMixer:
             raise ValueError(error)
 
         self._device = self._parameters[0][0].device
-        tensors_of = self._tensors_of
-        if self._device.type == "cpu":
-            self._tensors: HostTensors | DeviceTensors = HostTensors(tensors_of, len(members), self._device)
-        else:
-            self._tensors = DeviceTensors(tensors_of, len(members), self._device)
+        self._shipments: type[HostShipment | DeviceShipment] = (
+            HostShipment if self._device.type == "cpu" else DeviceShipment
+        )
         sizes = [parameter.numel() for parameter in self._parameters[0]]
         self._expected = [p * size for p, size in zip(self._probabilities, sizes, strict=True)]
         self._planner = Planner(seed, sizes, self._probabilities, self._num_members)
         self._weights = _planes([[(None, parameter.dtype)] for parameter in self._parameters[0]])
-        self._header_words = _BAD + -(-len(members) // 64)
+        self._header_words = BAD + -(-len(members) // 64)
         self._wire = None
         if group is not None:
             nccl = self._device.type == "cuda" and "nccl" in str(dist.get_backend(group))
@@ -227,8 +222,9 @@ class WashMixer:
         self._last_step: int | None = None
         self._interval = 1
         self._ahead: tuple[int, Future] | None = None
-        self._selections: dict[Plane, Selection] = {}
-        self._select(self._weights)
+        self._carried: Layout | None = None
+        self._views: dict[Plane, Views] = {}
+        self._carry(self._agreed)
         self._executor: ThreadPoolExecutor | None = None
 
     def _check(self, members, optimizers, probability, schedule, seed) -> dict[str, object]:
@@ -264,6 +260,11 @@ class WashMixer:
                     raise ValueError(
                         f"Elements of the parameter {name!r} of member {number} share memory (it was expanded); "
                         f"make it contiguous first."
+                    )
+                if not aligned(parameter):
+                    raise ValueError(
+                        f"The parameter {name!r} of member {number} does not start at a multiple of its elements' size "
+                        f"in memory; clone it first."
                     )
                 if type(parameter.data) is not torch.Tensor:
                     raise ValueError(
@@ -303,15 +304,6 @@ class WashMixer:
             "version of the plan": PLAN_VERSION,
         }
 
-    def _tensors_of(self, plane: Plane, local: int) -> list[torch.Tensor | None]:
-        if plane.slot is None:
-            parameters = self._parameters[local]
-            if len(plane.tensors) == len(parameters):
-                return parameters
-            return [parameters[number] for number in plane.tensors]
-        assert self._states is not None  # there are no other planes without it
-        return self._states.tensors(plane.slot, local, plane.tensors)
-
     def mix(self, step: int, *, shuffle: bool = True, stop_requested: bool = False) -> MixStats:
         """
         Shuffles once. To be called on every process, after every optimizer step, with the same `step`.
@@ -350,34 +342,34 @@ class WashMixer:
 
     def _mix(self, step: int, shuffle: bool, stop_requested: bool) -> MixStats:
         state_changed = self._look_at_state()
-        self._select([*self._weights, *_planes(self._agreed)])
+        self._carry(self._agreed)
         draft = self._draft(step) if shuffle else None
         digest = draft.plan.digest if draft else _NO_SHUFFLE
-        cargos, bad = self._load(draft, list(self._selections))
+        shipment = self._shipment(draft, self._planes)
         flags = _STOP * stop_requested | _STATE_CHANGED * state_changed
-        headers, arrived, sent, waited = self._exchange(self._header(digest, step, flags, bad), cargos)
+        headers, sent, waited = shipment.exchange(shipment.gather(self._header(digest, step, flags)))
 
         if self._late:
-            fine = (headers[:, _DIGEST] == headers[0, _DIGEST]).all() & (headers[:, _BAD:] == 0).all()
-            arrived = [torch.where(fine, new, cargo.values) for new, cargo in zip(arrived, cargos, strict=True)]
-            stop = self._stop_seen if self._wire else stop_requested
+            # The device itself looks into the headers and writes nothing if they are not as they should be.
+            assert isinstance(headers, torch.Tensor) and isinstance(shipment, DeviceShipment)
+            shipment.scatter(headers)
             self._read_later(headers, step, digest)
-        else:
-            stop, state_changed = self._judge(headers, step, digest)
-            if state_changed:
-                # Nothing has been written yet. The weights are here; the state follows, laid out as all agree now.
-                self._agree_on_state()
-                states = _planes(self._agreed)
-                self._select([*self._weights, *states])
-                state_cargos, bad = self._load(draft, states)
-                headers, state_arrived, more, longer = self._exchange(self._header(digest, step, 0, bad), state_cargos)
-                self._judge(headers, step, digest)
-                cargos = [*cargos[: len(self._weights)], *state_cargos]
-                arrived = [*arrived[: len(self._weights)], *state_arrived]
-                sent, waited = sent + more, waited + longer
-        for cargo, values in zip(cargos, arrived, strict=True):
-            self._tensors.scatter(cargo.plane, cargo.path, values)
-        return self._stats(draft, cargos, sent, stop, waited)
+            return self._stats([shipment], sent, self._stop_seen if self._wire else stop_requested, waited)
+        shipments = [shipment]
+        stop, state_changed = self._judge(headers, step, digest)
+        if state_changed:
+            # Nothing has been written yet. The weights are here; the state follows, laid out as all agree now.
+            self._agree_on_state()
+            self._carry(self._agreed)
+            shipment.keep_only(len(self._weights))
+            rest = self._shipment(draft, self._planes[len(self._weights) :])
+            headers, more, longer = rest.exchange(rest.gather(self._header(digest, step, 0)))
+            self._judge(headers, step, digest)
+            shipments.append(rest)
+            sent, waited = sent + more, waited + longer
+        for each in shipments:
+            each.scatter()
+        return self._stats(shipments, sent, stop, waited)
 
     def synchronize(self) -> None:
         """
@@ -439,17 +431,47 @@ class WashMixer:
         self._announced, self._agree_first = self._layout, False
         self._agreed = common_layout([layout for layout, _ in found])
 
-    def _select(self, planes: Sequence[Plane]) -> None:
-        """Settles what is carried from now on, and how it lies in memory at present."""
-        known = list(self._selections)
-        self._selections = {plane: self._tensors.select(plane) for plane in planes}
-        if list(self._selections) == known:
+    def _carry(self, layout: Layout) -> None:
+        """Settles which planes are carried from now on: the weights, and the slots of the state that all members have."""
+        if layout is self._carried:
             return
+        self._carried = layout
+        self._planes = [*self._weights, *_planes(layout)]
         num_local = len(self._members)
-        self._room = 0
-        for plane in planes:
+        room = 0
+        for plane in self._planes:
             expected = sum(self._expected[tensor] for tensor in plane.tensors) * num_local**2 / self._num_members
-            self._room += room_for_values(expected, num_local, plane.dtype.itemsize)
+            room += room_for_values(expected, num_local, plane.dtype.itemsize)
+        self._load = functools.partial(self._shipments, wire=self._wire, header_words=self._header_words, room=room)
+        self._look()
+
+    def _look(self) -> None:
+        """Looks where the tensors lie that are carried."""
+        num_local = len(self._members)
+        self._views = {
+            plane: look(plane, self._tensors(plane), num_local, self._views.get(plane)) for plane in self._planes
+        }
+        self._seen = self._states.version if self._states is not None else 0
+
+    def _tensors(self, plane: Plane) -> list[torch.Tensor | None]:
+        """The tensors of a plane, member after member."""
+        if plane.slot is None:
+            return [member[number] for member in self._parameters for number in plane.tensors]
+        assert self._states is not None  # there are no other planes without it
+        states, members = self._states, range(len(self._members))
+        return [tensor for local in members for tensor in states.tensors(plane.slot, local, plane.tensors)]
+
+    def _shipment(self, draft: "_Draft | None", planes: Sequence[Plane]) -> HostShipment | DeviceShipment:
+        """What carries these planes from where their tensors are now."""
+        if draft is None:
+            return self._load([], [])
+        if self._states is not None and self._seen != self._states.version:
+            self._look()
+        shipment = draft.shipment([self._views[plane] for plane in planes])
+        if shipment.stale():
+            self._look()
+            shipment = draft.shipment([self._views[plane] for plane in planes])
+        return shipment
 
     def _draft(self, step: int) -> "_Draft":
         """The plan of a step and its routes: those drawn ahead, if it was this step that was expected."""
@@ -457,7 +479,12 @@ class WashMixer:
             draft = self._ahead[1].result()
             self._ahead = None
             return draft
-        return _Draft(self._planner, step, list(self._selections.values()), self._members, self._num_processes)
+        return _Draft(*self._outline(step))
+
+    def _outline(self, step: int) -> tuple:
+        """What a draft is made from: nothing that refers to the mixer, so that the thread that draws cannot keep it."""
+        views = [self._views[plane] for plane in self._planes]
+        return self._planner, step, views, self._members, self._num_processes, self._load
 
     def _draw_ahead(self, step: int) -> None:
         """Has the plan drawn that the next call will probably need, while the caller computes."""
@@ -472,58 +499,24 @@ class WashMixer:
             weakref.finalize(self, self._executor.shutdown, wait=False, cancel_futures=True)
         if self._ahead is not None:
             self._ahead[1].cancel()
-        selections = list(self._selections.values())
-        # The thread gets no reference to the mixer, so that it cannot keep members alive.
-        arguments = (self._planner, step, selections, self._members, self._num_processes)
-        self._ahead = (step, self._executor.submit(_Draft, *arguments))
+            # Now, not below: freeing tensors lets other threads in, and the one that draws would go first.
+            self._ahead = None
+        self._ahead = (step, self._executor.submit(_Draft, *self._outline(step)))
 
-    def _load(self, draft: "_Draft | None", planes: Sequence[Plane]) -> tuple[list[Cargo], list[Array]]:
-        """Gathers what moves. Also says, for each plane, which local members give NaN or inf."""
-        cargos: list[Cargo] = []
-        bad: list[Array] = []
-        if draft is None:
-            return cargos, bad
-        for plane in planes:
-            path = draft.route(self._selections[plane])
-            values, flags = self._tensors.gather(plane, path)
-            cargos.append(Cargo(plane, path, values))
-            bad.append(flags)
-        return cargos, bad
-
-    def _header(self, digest: bytes, step: int, flags: int, bad: Sequence[Array]) -> Array:
+    def _header(self, digest: bytes, step: int, flags: int) -> np.ndarray:
         words = np.zeros(self._header_words, dtype=np.int64)
-        words[:_BAD] = int.from_bytes(digest, "little", signed=True), step, flags
-        # One bit for each local member, 64 of them in a word.
-        places = np.arange(len(self._members)) % 64
-        if not self._late:
-            for flags_of_plane in bad:
-                if flags_of_plane.any():
-                    bits = np.asarray(torch.as_tensor(flags_of_plane).cpu()).astype(np.int64) << places
-                    words[_BAD:] |= np.bitwise_or.reduceat(bits, np.arange(0, len(bits), 64))
-            return words
-        # What is bad is known on the device only, and is not waited for.
-        header = to_device(words, self._device)
-        if bad:
-            set_bits = torch.stack(list(bad)).any(dim=0).to(torch.int64) << to_device(places, self._device)
-            padding = (0, -len(set_bits) % 64)
-            header[_BAD:] = nn.functional.pad(set_bits, padding).view(-1, 64).sum(dim=1)
-        return header
+        words[:BAD] = int.from_bytes(digest, "little", signed=True), step, flags
+        return words
 
-    def _exchange(self, header: Array, cargos: Sequence[Cargo]) -> tuple[Array, list[Array], int, float]:
-        """As [`Wire.exchange`], and with one process the same without a wire."""
-        if self._wire is None:
-            return header[None], [reorder(cargo.values, cargo.path.arrival_order) for cargo in cargos], 0, 0.0
-        return self._wire.exchange(header, cargos, self._room)
-
-    def _judge(self, headers: Array, step: int, digest: bytes) -> tuple[bool, bool]:
+    def _judge(self, headers: list[list[int]] | torch.Tensor, step: int, digest: bytes) -> tuple[bool, bool]:
         """Raises what the headers of all processes give reason for. Returns whether to stop, and to agree on the state."""
         own = [int.from_bytes(digest, "little", signed=True), step]
-        lines = headers.tolist()
+        lines = headers if isinstance(headers, list) else headers.tolist()
         for process, header in enumerate(lines):
-            if header[:_FLAGS] != own:
-                same = " but another plan, or without a shuffle" if header[_STEP] == step else ""
+            if header[:FLAGS] != own:
+                same = " but another plan, or without a shuffle" if header[STEP] == step else ""
                 raise PlanMismatchError(
-                    f"Process {process} came to this shuffle with step {header[_STEP]}{same}, and this process with "
+                    f"Process {process} came to this shuffle with step {header[STEP]}{same}, and this process with "
                     f"step {step}. Every process has to call mix() with the same arguments, once after every step. "
                     f"Nothing was written into any member."
                 )
@@ -532,11 +525,11 @@ class WashMixer:
             process * num_local + local
             for process, header in enumerate(lines)
             for local in range(num_local)
-            if header[_BAD + local // 64] >> local % 64 & 1
+            if header[BAD + local // 64] >> local % 64 & 1
         ]
         if bad:
             raise ContagionError(bad, step)
-        return any(h[_FLAGS] & _STOP for h in lines), any(h[_FLAGS] & _STATE_CHANGED for h in lines)
+        return any(h[FLAGS] & _STOP for h in lines), any(h[FLAGS] & _STATE_CHANGED for h in lines)
 
     def _read_later(self, headers: torch.Tensor, step: int, digest: bytes) -> None:
         host = torch.empty(headers.shape, dtype=headers.dtype, pin_memory=True)
@@ -546,15 +539,13 @@ class WashMixer:
         self._unread = (host, event, step, digest)
 
     def _stats(
-        self, draft: "_Draft | None", cargos: Sequence[Cargo], sent: int, stop: bool, waited: float
+        self, shipments: Sequence[HostShipment | DeviceShipment], sent: int, stop: bool, waited: float
     ) -> MixStats:
         values = size = all_values = all_size = 0
-        for cargo in cargos:
-            assert draft is not None
-            width = cargo.plane.dtype.itemsize
-            everywhere = draft.population_values[cargo.plane.tensors]
-            values, size = values + len(cargo.values), size + len(cargo.values) * width
-            all_values, all_size = all_values + everywhere, all_size + everywhere * width
+        for shipment in shipments:
+            for volume in shipment.volumes:
+                values, size = values + volume[0], size + volume[1]
+                all_values, all_size = all_values + volume[2], all_size + volume[3]
         return MixStats(values, size, sent, False, stop, all_values, all_size, waited)
 
 
@@ -562,24 +553,34 @@ class _Draft:
     """The plan of a step and what it means for this process: all that can be worked out ahead."""
 
     def __init__(
-        self, planner: Planner, step: int, selections: Iterable[Selection], members: range, num_processes: int
+        self,
+        planner: Planner,
+        step: int,
+        views: Sequence[Views],
+        members: range,
+        num_processes: int,
+        load: Callable[[Sequence[Views], Sequence[Route]], HostShipment | DeviceShipment],
     ):
         self.plan = planner.draw(step)
         self._members = members
         self._num_processes = num_processes
-        # For each set of tensors, how many values change owner over all members.
-        self.population_values: dict[tuple[int, ...], int] = {}
-        self._routes: dict[Selection, Route] = {}
-        for selection in selections:
-            self.route(selection)
+        self._load = load
+        self._foreseen = self._ship(views)
 
-    def route(self, selection: Selection) -> Route:
-        """The route of a selection; worked out now if it was not foreseen, as that of a state that is new."""
-        if selection not in self._routes:
-            self._routes[selection] = route(self.plan, selection, self._members, self._num_processes)
-            moved = self.plan.values_moved_by_tensor[list(selection.tensors)].sum()
-            self.population_values[selection.tensors] = int(moved)
-        return self._routes[selection]
+    def shipment(self, views: Sequence[Views]) -> HostShipment | DeviceShipment:
+        """What carries these planes; made now if it is not what was foreseen, as for a state that is new."""
+        foreseen = self._foreseen.views
+        if len(views) == len(foreseen) and all(map(operator.is_, views, foreseen)):
+            return self._foreseen
+        return self._ship(views)
+
+    def _ship(self, views: Sequence[Views]) -> HostShipment | DeviceShipment:
+        # Slots of the state mostly lie in memory as the weights do, and then they have the same route.
+        routes: dict[Selection, Route] = {}
+        for view in views:
+            if view.selection not in routes:
+                routes[view.selection] = route(self.plan, view.selection, self._members, self._num_processes)
+        return self._load(views, [routes[view.selection] for view in views])
 
 
 def _planes(layout: Sequence[Sequence[tuple[str | None, torch.dtype]]]) -> list[Plane]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_wash.mixing import ContagionError, MixStats, WashMixer, expected_values_moved
 from hf_wash.mixing import wash as wash_module
-from hf_wash.mixing.exchange import DeviceTensors
+from hf_wash.mixing.exchange import DeviceShipment
 
 
 def population(make, num_members):
@@ -536,7 +536,7 @@ def test_the_path_for_other_devices_gives_the_same_members(monkeypatch):
         return snapshot(members), stats
 
     expected, expected_stats = run()
-    monkeypatch.setattr(wash_module, "HostTensors", DeviceTensors)
+    monkeypatch.setattr(wash_module, "HostShipment", DeviceShipment)
     found, stats = run()
     assert torch.equal(found, expected)
     assert stats == expected_stats

@@ -11,17 +11,18 @@ Carrying the values of a plan: out of the tensors, from process to process, and 
   from members of the one to members of the other.
 """
 
+import functools
 import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from . import fused
 from .memory import BITS, Selection, Views, storage_offsets
 from .plan import Plan
 
@@ -415,7 +416,7 @@ class DeviceShipment:
             values = torch.zeros(len(path.offsets), dtype=BITS[view.plane.dtype.itemsize], device=view.device)
             if "places" in uploaded:
                 longest = int(np.diff(itinerary["bounds"]).max())
-                fused.gather(
+                kernels(view.device).gather(
                     uploaded["places"], uploaded["bounds"], longest, values, sent_header[BAD:], view.plane.dtype
                 )
             else:
@@ -471,7 +472,8 @@ class DeviceShipment:
             # With one process the values still have the order of the places that they were read from.
             order = uploaded.get("leaving") if self._wire is None else None
             if "places" in uploaded:
-                fused.scatter(uploaded.get("landing", uploaded["places"]), order, arrived, headers, BAD)
+                landing = uploaded.get("landing", uploaded["places"])
+                kernels(view.device).scatter(landing, order, arrived, headers, BAD)
                 continue
             if order is not None:
                 arrived = arrived.index_select(0, order)
@@ -485,6 +487,18 @@ class DeviceShipment:
                 storage.index_copy_(0, offsets, piece)
 
 
+@functools.cache
+def kernels(device: torch.device) -> ModuleType | None:
+    """`fused.py`, if it is of use for a device."""
+    if device.type != "cuda":
+        return None
+    try:
+        from . import fused
+    except ImportError:
+        return None
+    return fused if fused.works(device) else None
+
+
 def _itinerary(view: Views, path: Route) -> dict[str, np.ndarray]:
     """
     What a device has to know to carry a plane, int64: where each member's values start, where they are (`places`, for
@@ -494,7 +508,8 @@ def _itinerary(view: Views, path: Route) -> dict[str, np.ndarray]:
     found = {"bounds": np.concatenate([[0], np.cumsum(by_member)])}
     if path.leaving is not None:
         found["leaving"] = path.leaving
-    if view.plane.dtype in fused.EXPONENTS and fused.works(view.device):
+    fused = kernels(view.device)
+    if fused is not None and view.plane.dtype in fused.EXPONENTS:
         found["places"] = view.places(path.offsets, path.counts) + view.origin
         if path.landing is not None:
             found["landing"] = found["places"][path.landing]

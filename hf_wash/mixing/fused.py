@@ -1,21 +1,16 @@
 """
 Reading and writing scattered values on a GPU with one kernel each, wherever in memory their tensors are.
 
-The kernels are Triton's, which torch brings for CUDA. Without it, or on another device, `exchange.py` goes from tensor to
-tensor with torch: the same result, with two kernels for each tensor.
+The kernels are Triton's, which torch brings for CUDA; this module needs it, and is imported when there is a GPU. Without
+it, or on another device, `exchange.py` goes from tensor to tensor with torch: the same result, with two kernels for each.
 """
 
 import functools
 import warnings
 
 import torch
-
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+import triton
+import triton.language as tl
 
 
 _BLOCK = 512
@@ -29,49 +24,49 @@ EXPONENTS = {
 }
 
 
-if triton is not None:
+@triton.jit
+def _gather_kernel(places, bounds, values, bad, WIDTH: tl.constexpr, EXPONENT: tl.constexpr, BLOCK: tl.constexpr):
+    member = tl.program_id(1)
+    end = tl.load(bounds + member + 1)
+    numbers = tl.load(bounds + member) + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = numbers < end
+    addresses = tl.load(places + numbers, mask=inside, other=0) * WIDTH
+    bits = tl.load(addresses.to(tl.pointer_type(values.dtype.element_ty)), mask=inside, other=0)
+    tl.store(values + numbers, bits, mask=inside)
+    if tl.max(((bits & EXPONENT) == EXPONENT).to(tl.int32)) > 0:
+        tl.atomic_or(bad + member // 64, tl.full((), 1, tl.int64) << (member % 64))
 
-    @triton.jit
-    def _gather_kernel(places, bounds, values, bad, WIDTH: tl.constexpr, EXPONENT: tl.constexpr, BLOCK: tl.constexpr):
-        member = tl.program_id(1)
-        end = tl.load(bounds + member + 1)
-        numbers = tl.load(bounds + member) + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = numbers < end
-        addresses = tl.load(places + numbers, mask=inside, other=0) * WIDTH
-        bits = tl.load(addresses.to(tl.pointer_type(values.dtype.element_ty)), mask=inside, other=0)
-        tl.store(values + numbers, bits, mask=inside)
-        if tl.max(((bits & EXPONENT) == EXPONENT).to(tl.int32)) > 0:
-            tl.atomic_or(bad + member // 64, tl.full((), 1, tl.int64) << (member % 64))
 
-    @triton.jit
-    def _scatter_kernel(
-        places,
-        order,
-        values,
-        headers,
-        count,
-        WIDTH: tl.constexpr,
-        ORDERED: tl.constexpr,
-        HEADERS: tl.constexpr,
-        WORDS: tl.constexpr,
-        BAD: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        numbers = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = numbers < count
-        if HEADERS > 0:
-            digest = tl.load(headers)
-            for process in range(HEADERS):
-                inside = inside & (tl.load(headers + process * WORDS) == digest)
-                for word in range(BAD, WORDS):
-                    inside = inside & (tl.load(headers + process * WORDS + word) == 0)
-        if ORDERED:
-            sources = tl.load(order + numbers, mask=inside, other=0)
-        else:
-            sources = numbers
-        bits = tl.load(values + sources, mask=inside, other=0)
-        addresses = tl.load(places + numbers, mask=inside, other=0) * WIDTH
-        tl.store(addresses.to(tl.pointer_type(values.dtype.element_ty)), bits, mask=inside)
+# A count of 1 would become a constant, which the loop may not replace.
+@triton.jit(do_not_specialize=["count"])
+def _scatter_kernel(
+    places,
+    order,
+    values,
+    headers,
+    count,
+    WIDTH: tl.constexpr,
+    ORDERED: tl.constexpr,
+    HEADERS: tl.constexpr,
+    WORDS: tl.constexpr,
+    BAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    numbers = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if HEADERS > 0:
+        digest = tl.load(headers)
+        for process in range(HEADERS):
+            count = tl.where(tl.load(headers + process * WORDS) == digest, count, 0)
+            for word in range(BAD, WORDS):
+                count = tl.where(tl.load(headers + process * WORDS + word) == 0, count, 0)
+    inside = numbers < count
+    if ORDERED:
+        sources = tl.load(order + numbers, mask=inside, other=0)
+    else:
+        sources = numbers
+    bits = tl.load(values + sources, mask=inside, other=0)
+    addresses = tl.load(places + numbers, mask=inside, other=0) * WIDTH
+    tl.store(addresses.to(tl.pointer_type(values.dtype.element_ty)), bits, mask=inside)
 
 
 def gather(
@@ -163,10 +158,8 @@ def works(device: torch.device) -> bool:
             The device.
 
     Returns:
-        `bool`: `False` where there is no Triton, and, with a warning, where it fails.
+        `bool`: `False`, with a warning, where they fail.
     """
-    if triton is None or device.type != "cuda":
-        return False
     try:
         right = _try_out(device)
     except Exception as failure:

@@ -2,8 +2,11 @@
 What `test_mixing_processes.py` runs in several processes: `torchrun mixing_scenarios.py '[["SCENARIO", …], …]'`.
 
 Every process prints one JSON line: its rank and the scenarios' answers. What they promise is checked by the tests.
+With `torch` or `kernels` as a second argument it all goes as on other devices: with torch from tensor to tensor, or with
+the fused kernels, which Triton interprets where there is no GPU (`TRITON_INTERPRET=1`).
 """
 
+import contextlib
 import copy
 import datetime
 import hashlib
@@ -16,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hf_wash.mixing import ContagionError, PlanMismatchError, WashMixer
+from hf_wash.mixing import ContagionError, PlanMismatchError, WashMixer, exchange, wash
+from hf_wash.mixing.exchange import DeviceShipment
 
 
 def model(member, width=40):
@@ -145,6 +149,31 @@ def disagreement(kind):
     return {"error": error, "untouched": same, "total": total.item()}
 
 
+def late(kind):
+    """What is wrong is read one call later, as on a GPU, and yet nothing of it has been written."""
+
+    class Event:
+        def synchronize(self):
+            pass
+
+    WashMixer._read_later = lambda self, headers, step, digest: setattr(
+        self, "_unread", (headers, Event(), step, digest)
+    )
+    rank = dist.get_rank()
+    member = model(rank)
+    mixer = WashMixer(member, probability=0.5)
+    mixer._late = True
+    mixer.mix(0)
+    if kind == "contagion" and rank == 1:
+        member[1].weight.data.fill_(float("nan"))
+    before = copy.deepcopy(member.state_dict())
+    mixer.mix(1 if kind == "contagion" else 1 + rank)
+    same = all(
+        torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in member.state_dict().items()
+    )
+    return {"error": caught((ContagionError, PlanMismatchError), lambda: mixer.mix(3)), "untouched": same}
+
+
 def bad_input(kind):
     odd = dist.get_rank() == dist.get_world_size() - 1
     member, arguments = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), {}
@@ -202,7 +231,19 @@ def death():
     return {"error": error, "seconds": time.monotonic() - start}
 
 
+def go_as_on(path):
+    wash.HostShipment = DeviceShipment
+    if path == "kernels":
+        assert os.environ["TRITON_INTERPRET"] == "1"
+        from hf_wash.mixing import fused
+
+        fused._on = contextlib.nullcontext
+        exchange.kernels = lambda device: fused
+
+
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        go_as_on(sys.argv[2])
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
     answers = [globals()[name](*arguments) for name, *arguments in json.loads(sys.argv[1])]
     # One write, so that the lines of two processes do not mix.

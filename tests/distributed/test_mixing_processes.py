@@ -156,6 +156,42 @@ def test_a_population_may_live_in_a_subgroup(answers):
     assert all("not in process_group" in answer["outside"] for answer in found)
 
 
+OTHER_DEVICES: dict[int, list[list]] = {
+    1: [["layout", n, state] for n in (2, 3) for state in ("weights", "state")] + [["contagion", 3, "state"]],
+    2: [
+        *(["layout", n, state] for n in (2, 4) for state in ("weights", "state")),
+        ["contagion", 4, "state"],
+        ["disagreement", "step"],
+        ["late", "contagion"],
+        ["late", "step"],
+    ],
+    3: [["layout", 3, "state"]],
+}
+
+
+@pytest.mark.parametrize("path", ["torch", "kernels"])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_other_devices_carry_the_same_and_stop_for_the_same(launch, processes, path):
+    if path == "kernels":
+        pytest.importorskip("triton", reason="the kernels are Triton's")
+    scenarios = OTHER_DEVICES[processes]
+    completed = launch(
+        SCRIPT, json.dumps(scenarios), path, processes=processes, timeout=200, env={"TRITON_INTERPRET": "1"}
+    )
+    lines = sorted(json.loads(line) for line in completed.stdout.splitlines() if line.startswith("["))
+    for number, (name, *arguments) in enumerate(scenarios):
+        found = [answers[number] for _, answers in lines]
+        assert len(found) == processes
+        if name == "layout":
+            expected, _ = mixing_scenarios.reference(arguments[0], arguments[1] == "state")
+            assert [member for answer in found for member in answer["members"]] == expected
+            continue
+        for answer in found:
+            error = "PlanMismatchError" if "step" in (name, *arguments) else "ContagionError: Member 1 holds"
+            assert answer["error"].startswith(error)
+            assert answer["untouched"]
+
+
 def test_a_process_that_dies_leaves_an_error_behind(answers):
     (answer,) = answers("death", processes=2, alone=True)
     assert "Error" in answer["error"]

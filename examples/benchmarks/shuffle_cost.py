@@ -8,7 +8,7 @@ What a shuffle costs, against the floor of what it has to do and against what ot
 Everything is measured in one run, in rounds: each round measures each thing once, so that other work on the machine
 meets all alike. The median over rounds is reported, as seen by the slowest process. In milliseconds:
 
-- plan: drawing the plan and working out the routes. It runs beside the training step, so it is not part of `mix drawn`
+- plan: `prepare()`, drawing the plan and all else that is worked out ahead. It runs beside the training step
 - mix drawn: `mix()` with the plan drawn already; mix: `mix()` and the plan, one after the other
 - floor: a bare all-to-all of as many bytes, with the fastest gather and scatter of as many values, tensor by tensor
 - mask: a dense random mask over all parameters, which is the least that a mask costs
@@ -32,7 +32,6 @@ import torch.distributed as dist
 from torch import nn
 
 from hf_wash.mixing import WashMixer, layer_probabilities, shuffled_layers
-from hf_wash.mixing.exchange import Selection, route
 from hf_wash.mixing.plan import Planner
 
 
@@ -140,7 +139,6 @@ def measure(name: str, probability: float, with_state: bool, rounds: int, device
         optimizer.step()
         optimizer.zero_grad()
     world = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
     num_members = world * local
     mixer = WashMixer(members, optimizers, probability=probability, shuffle_optimizer_state=with_state)
     mixer.mix(0)
@@ -149,9 +147,7 @@ def measure(name: str, probability: float, with_state: bool, rounds: int, device
     tensors = [p for owned in layers.values() for p in owned.values()]
     rates = [by_layer[layer] for layer, owned in layers.items() for _ in owned]
     sizes = [t.numel() for t in tensors]
-    planner, large_population = (Planner(1, sizes, rates, n) for n in (num_members, 10))
-    selection = Selection(tuple(range(len(sizes))), ((),) * local)
-    hosted = range(rank * local, (rank + 1) * local)
+    large_population = Planner(1, sizes, rates, 10)
     counts = [round(r * s * (num_members - 1) / num_members) for r, s in zip(rates, sizes, strict=True)]
     floor_tensors = [t for m in members for owned in shuffled_layers(m).values() for t in owned.values()]
     floor_counts = counts * local
@@ -170,15 +166,11 @@ def measure(name: str, probability: float, with_state: bool, rounds: int, device
         torch._foreach_mul_(touched, 1.0)
         times.setdefault(what, []).append(seconds(lambda: call(*arguments), device))
 
-    def plan(step: int) -> None:
-        route(planner.draw(step), selection, hosted, world)
-
     for step in range(10, 10 * (rounds + 1), 10):
-        note("plan", plan, step)
+        note("plan", mixer.prepare, step)
         if num_members == 2:
             note("plan N = 10", large_population.draw, step)
         floor = Floor(floor_tensors, floor_counts, device)
-        mixer.prepare(step)
         # In turn, because the second of two similar things finds code and page tables where the first had to look.
         pair: list[tuple] = [("mix drawn", mixer.mix, step), ("floor", floor)]
         for what, *call in pair if step % 20 else reversed(pair):

@@ -126,7 +126,7 @@ def route(plan: Plan, selection: Selection, members: range, num_processes: int) 
         counts.append(np.diff(given_cuts))
 
     where = offsets[0] if num_local == 1 else np.concatenate(offsets)
-    how_many, all_moved = np.concatenate(counts), int(moved.sum())
+    how_many, all_moved = np.concatenate(counts), int(np.add.reduce(moved))
     if not to_others:
         # Two members in two processes: all that is given goes to the other one, in the order of the coordinates.
         by_process = [0 if process == members.start else len(where) for process in range(2)]
@@ -320,7 +320,7 @@ class HostShipment:
 
     def stale(self) -> bool:
         """Whether one of the tensors that are read has got other memory since it was looked at."""
-        return _stale(self._touched)
+        return _stale(*self._touched)
 
     def gather(self, header: np.ndarray) -> np.ndarray:
         """
@@ -338,7 +338,7 @@ class HostShipment:
                 # Any mode but "raise" lets NumPy write into `out`; no place is out of range.
                 view.space.take(places, out=values, mode="clip")
                 finite = _are_finite(values, view.plane.dtype)
-                if not finite.all():
+                if np.count_nonzero(finite) < len(finite):
                     for member in view.members_at(places[~finite]).tolist():
                         header[BAD + member // 64] |= np.int64(np.uint64(1 << member % 64).view(np.int64))
         return header
@@ -402,7 +402,7 @@ class DeviceShipment:
             self._layout = _Layout(wire, 8 * header_words, list(zip(_widths(views), paths, strict=True)), room)
 
     def stale(self) -> bool:
-        return _stale(self._touched)
+        return _stale(*self._touched)
 
     def gather(self, header: np.ndarray) -> torch.Tensor:
         wired = self._wire.device if self._wire is not None else torch.device("cpu")
@@ -560,18 +560,19 @@ def _by_process(places: np.ndarray, order: np.ndarray | None, counts: list[int])
     return [ordered[start:stop] for start, stop in itertools.pairwise(itertools.accumulate(counts, initial=0))]
 
 
-def _touched(views: Sequence[Views], paths: Sequence[Route]) -> list[tuple[torch.Tensor, int]]:
+def _touched(views: Sequence[Views], paths: Sequence[Route]) -> tuple[list[torch.Tensor], list[int]]:
     """The tensors that are read and written, and where they were when they were looked at."""
-    return [
-        (tensor, address)
-        for view, path in zip(views, paths, strict=True)
-        for tensor, address in itertools.compress(zip(view.tensors, view.addresses, strict=True), path.counts.tolist())
-        if tensor is not None
-    ]
+    tensors: list[torch.Tensor] = []
+    addresses: list[int] = []
+    for view, path in zip(views, paths, strict=True):
+        used = (path.counts if view.exists is None else path.counts * view.exists).tolist()
+        tensors += itertools.compress(view.tensors, used)
+        addresses += itertools.compress(view.addresses, used)
+    return tensors, addresses
 
 
-def _stale(touched: list[tuple[torch.Tensor, int]]) -> bool:
-    return any(tensor.data_ptr() != address for tensor, address in touched)
+def _stale(tensors: list[torch.Tensor], addresses: list[int]) -> bool:
+    return [tensor.data_ptr() for tensor in tensors] != addresses
 
 
 def _are_finite(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:

@@ -81,6 +81,8 @@ class Views:
             The address in elements at which places are counted from.
         bases (`numpy.ndarray`):
             The place of each tensor's first element, int64.
+        exists (`numpy.ndarray`, *optional*):
+            Which of the tensors exist, bool. `None`: all of them.
         selection ([`Selection`]):
             What a route depends on.
     """
@@ -92,6 +94,7 @@ class Views:
     space: np.ndarray | None
     origin: int
     bases: np.ndarray
+    exists: np.ndarray | None
     selection: Selection
 
     @property
@@ -114,9 +117,8 @@ class Views:
             zero and is there for nothing else.
         """
         places = np.repeat(self.bases, counts)
-        if any(tensor is None for tensor in self.tensors):
-            exists = np.array([tensor is not None for tensor in self.tensors])
-            return np.where(np.repeat(exists, counts), places + offsets, places)
+        if self.exists is not None:
+            return np.where(np.repeat(self.exists, counts), places + offsets, places)
         places += offsets
         return places
 
@@ -166,7 +168,18 @@ def look(plane: Plane, tensors: list[torch.Tensor | None], num_local: int, befor
         )
         for local in range(num_local)
     )
-    return Views(plane, tensors, addresses, storages, space, origin, bases, Selection(plane.tensors, strided))
+    exists = np.array([tensor is not None for tensor in tensors])
+    return Views(
+        plane=plane,
+        tensors=tensors,
+        addresses=addresses,
+        storages=storages,
+        space=space,
+        origin=origin,
+        bases=bases,
+        exists=None if exists.all() else exists,
+        selection=Selection(plane.tensors, strided),
+    )
 
 
 def _space(storages: Sequence[torch.Tensor]) -> tuple[np.ndarray, int]:

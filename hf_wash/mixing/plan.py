@@ -15,11 +15,14 @@ import functools
 import hashlib
 import itertools
 import math
+import sys
+import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any, cast
 
 import numpy as np
 from numpy.random import Philox
@@ -30,6 +33,17 @@ PLAN_VERSION = 1
 
 # The second word of Philox's key, so that nobody else who keys a Philox with the same seed draws our words.
 _KEY = int.from_bytes(b"hf_wash\0", "little")
+
+# The rest of a Philox's state when it has drawn nothing yet: four words in the buffer, and none of them left.
+_FRESH = {
+    "bit_generator": "Philox",
+    "buffer": np.zeros(4, dtype=np.uint64),
+    "buffer_pos": 4,
+    "has_uint32": 0,
+    "uinteger": 0,
+}
+
+_LITTLE_ENDIAN = sys.byteorder == "little"
 
 # From here on one byte per coordinate is cheaper than one word per moved coordinate and the sort that it needs.
 _DENSE = 2**64 // 32
@@ -235,16 +249,30 @@ class Planner:
             repr((PLAN_VERSION, seed, num_members, list(sizes), [float(p).hex() for p in probabilities])).encode(),
             digest_size=16,
         ).digest()
+        # As an array, since NumPy 2.4 makes floats of a list with an integer from 2^63 on.
+        self._key = np.array([seed, _KEY], dtype=np.uint64)
+        self._generators: list[Philox] = []
         lines = self._lines(sizes, probabilities)
         self._dense = [line for line in lines if line.rate >= _DENSE]
         sparse = [line for line in lines if 0 < line.rate < _DENSE]
         self._counts = [_count_thresholds(line.size, line.rate) for line in sparse]
+        self._line_bits = np.uint64(len(sparse).bit_length())
+        self._line_keys = np.arange(len(sparse), dtype=np.uint64) << (np.uint64(64) - self._line_bits)
+        pieces = [
+            (np.frombuffer(thresholds, dtype=np.uint64) >> self._line_bits) + key
+            for (_, thresholds), key in zip(self._counts, self._line_keys, strict=True)
+            if len(thresholds)
+        ]
+        self._threshold_keys = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint64)
+        before = np.cumsum([0, *(len(thresholds) for _, thresholds in self._counts)])[:-1]
+        self._first_counts = np.array([fewest for fewest, _ in self._counts], dtype=np.int64) - before
         self._sparse_starts = np.array([line.start for line in sparse], dtype=np.int64)
         self._sparse_ends = np.array([line.start + line.size for line in sparse], dtype=np.int64)
         self._sparse_sizes = np.array([line.size for line in sparse], dtype=np.uint64)
         # As many bits of a word as can be multiplied by the longest line without overflow.
         self._bits = 64 - max((line.size for line in sparse), default=1).bit_length()
         self._reject_below = np.array([2**self._bits % line.size for line in sparse], dtype=np.uint64)
+        self._reject_none_from = int(self._reject_below.max(initial=0))
 
     def _lines(self, sizes: Sequence[int], probabilities: Sequence[float]) -> list[_Line]:
         identities = Fraction(1, math.factorial(self.num_members))
@@ -269,11 +297,14 @@ class Planner:
         Returns:
             [`Plan`]: The plan, the same for the same arguments on every process, layout and machine.
         """
+        # To make a generator costs a tenth of a small plan, so they are kept: one for each thread that draws.
+        try:
+            words = self._generators.pop()
+        except IndexError:
+            words = Philox(key=self._key)
         # The step is the third word of the counter, so each step has 2^128 blocks of words of its own.
-        # As arrays, since NumPy 2.4 makes floats of a list with an integer from 2^63 on.
-        words = Philox(
-            key=np.array([self.seed, _KEY], dtype=np.uint64), counter=np.array([0, 0, step, 0], dtype=np.uint64)
-        )
+        counter = np.array([0, 0, step, 0], dtype=np.uint64)
+        words.state = cast(Any, {**_FRESH, "state": {"counter": counter, "key": self._key}})
         moved = self._draw_sparse(words)
         if self._dense:
             pieces, done = [], 0
@@ -284,24 +315,20 @@ class Planner:
                 done = until
             moved = np.concatenate([*pieces, moved[done:]])
         permutations = _draw_permutations(words, self.num_members, len(moved))
+        self._generators.append(words)
+        # What was drawn follows from the salt and the step, so the rest is to find a machine at fault: 32 bits each do.
+        drawn = (moved,) if self.num_members == 2 else (moved, permutations)
+        checks = (
+            zlib.crc32((part if _LITTLE_ENDIAN else part.byteswap()).data).to_bytes(4, "little") for part in drawn
+        )
+        digest = hashlib.blake2b(b"".join((self._salt, step.to_bytes(8, "little"), *checks)), digest_size=8)
         offsets = np.searchsorted(moved, self._tensor_starts)
         moved -= np.repeat(self._tensor_starts[:-1], np.diff(offsets))
-        digest = hashlib.blake2b(self._salt + step.to_bytes(8, "little"), digest_size=8)
-        for part in (offsets, moved, permutations):
-            digest.update(part.astype(part.dtype.newbyteorder("<"), copy=False).data)
         return Plan(step, self.num_members, moved, offsets.tolist(), digest.digest(), permutations)
 
     def _draw_sparse(self, words: Philox) -> np.ndarray:
-        counts = np.array(
-            [
-                fewest + bisect_right(thresholds, word)
-                for (fewest, thresholds), word in zip(
-                    self._counts, words.random_raw(len(self._counts)).tolist(), strict=True
-                )
-            ],
-            dtype=np.int64,
-        )
-        total = int(counts.sum())
+        counts = self._draw_counts(words)
+        total = int(np.add.reduce(counts))
         taken = self._draw_positions(words, counts)
         taken.sort()
         taken = _without_repeats(taken)
@@ -315,6 +342,19 @@ class Planner:
             taken = np.insert(taken, places[new], more[new])
         return taken
 
+    def _draw_counts(self, words: Philox) -> np.ndarray:
+        """Draws how many coordinates of each line are moved, int64 of shape `(num_lines,)`."""
+        drawn = words.random_raw(len(self._counts))
+        # One search in the thresholds of all lines, by their upper bits below the number of the line.
+        keys = (drawn >> self._line_bits) + self._line_keys
+        below, up_to = (np.searchsorted(self._threshold_keys, keys, side=side) for side in ("left", "right"))
+        counts = up_to + self._first_counts
+        for line in np.flatnonzero(below != up_to).tolist():
+            # The upper bits are those of a threshold, so that the lower ones decide.
+            fewest, thresholds = self._counts[line]
+            counts[line] = fewest + bisect_right(thresholds, int(drawn[line]))
+        return counts
+
     def _draw_positions(self, words: Philox, counts: np.ndarray) -> np.ndarray:
         """Draws `counts[line]` positions in each line, with repeats, and leaves out those that were rejected."""
         products = words.random_raw(int(counts.sum()))
@@ -325,14 +365,14 @@ class Planner:
         if len(products):
             # Lemire's test. It fails so rarely that the limit of each line is looked up only after a coarse one failed.
             products &= np.uint64(2**self._bits - 1)
-            if int(products.min()) < int(self._reject_below.max()):
+            if int(np.minimum.reduce(products)) < self._reject_none_from:
                 positions = positions[products >= np.repeat(self._reject_below, counts)]
         return positions
 
 
 def _without_repeats(values: np.ndarray) -> np.ndarray:
     repeats = values[1:] == values[:-1]
-    if not repeats.any():
+    if not np.count_nonzero(repeats):
         return values
     return values[np.concatenate([[True], ~repeats])]
 

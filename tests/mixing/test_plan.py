@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import types
 from fractions import Fraction
 
 import numpy as np
@@ -255,3 +256,22 @@ def test_memory_grows_with_what_moves():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 0.02 * 4 * sum(sizes)
+
+
+def test_a_count_is_the_number_of_thresholds_up_to_the_word():
+    planner = Planner(0, [40_000, 9, 500_000, 3], [0.01, 0.02, 0.001, 0.0], 3)
+    tables = planner._counts
+    assert len(tables) == 3
+    words = [[0] * 3, [2**64 - 1] * 3]
+    # Around each threshold, where the upper bits of a word do not tell on which side of it the word is.
+    for number in range(max(len(thresholds) for _, thresholds in tables)):
+        for offset in (-1, 0, 1):
+            around = [thresholds[min(number, len(thresholds) - 1)] + offset for _, thresholds in tables]
+            words.append([min(max(word, 0), 2**64 - 1) for word in around])
+    for drawn in words:
+        fake = types.SimpleNamespace(random_raw=lambda count, drawn=drawn: np.array(drawn, dtype=np.uint64))
+        expected = [
+            fewest + sum(threshold <= word for threshold in thresholds)
+            for (fewest, thresholds), word in zip(tables, drawn, strict=True)
+        ]
+        assert planner._draw_counts(fake).tolist() == expected

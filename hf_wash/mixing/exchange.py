@@ -89,14 +89,12 @@ def route(plan: Plan, selection: Selection, members: range, num_processes: int) 
         [`Route`]: The route of these tensors.
     """
     tensors = selection.tensors
-    coordinates, cuts, picked = plan.coordinates, np.array(plan.offsets), None
-    moved = plan.values_moved_by_tensor
+    coordinates, cuts, picked = plan.coordinates, plan.offsets, None
     if len(tensors) < len(plan.offsets) - 1:
         ranges = [np.arange(plan.offsets[tensor], plan.offsets[tensor + 1]) for tensor in tensors]
         picked = np.concatenate(ranges)
         cuts = np.cumsum([0, *map(len, ranges)])
         coordinates = coordinates[picked]
-        moved = moved[list(tensors)]
 
     num_local = len(members)
     offsets, counts, to_others, from_others = [], [], [], []
@@ -123,10 +121,11 @@ def route(plan: Plan, selection: Selection, members: range, num_processes: int) 
                 piece = given[given_cuts[tensor] : given_cuts[tensor + 1]]
                 piece[:] = storage_offsets(piece, *layout)
         offsets.append(_compact(given))
-        counts.append(np.diff(given_cuts))
+        counts.append(given_cuts[1:] - given_cuts[:-1])
 
     where = offsets[0] if num_local == 1 else np.concatenate(offsets)
-    how_many, all_moved = np.concatenate(counts), int(np.add.reduce(moved))
+    how_many = counts[0] if num_local == 1 else np.concatenate(counts)
+    all_moved = plan.values_moved(picked)
     if not to_others:
         # Two members in two processes: all that is given goes to the other one, in the order of the coordinates.
         by_process = [0 if process == members.start else len(where) for process in range(2)]

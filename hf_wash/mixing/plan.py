@@ -71,8 +71,8 @@ class Plan:
         coordinates (`numpy.ndarray`):
             The moved coordinates, of shape `(num_moved,)` and dtype int64: the index into the flattened tensor
             (logical order, so the memory format is of no account), tensor after tensor, ascending within each.
-        offsets (`list[int]`):
-            Where each tensor's coordinates start in `coordinates`, of length `num_tensors + 1`.
+        offsets (`numpy.ndarray`):
+            Where each tensor's coordinates start in `coordinates`: int64 of shape `(num_tensors + 1,)`.
         digest (`bytes`):
             8 bytes that differ between different plans, steps, seeds and populations.
     """
@@ -80,7 +80,7 @@ class Plan:
     step: int
     num_members: int
     coordinates: np.ndarray
-    offsets: list[int]
+    offsets: np.ndarray
     digest: bytes
     # One permutation for each moved coordinate: an index into the tables of `_permutation_tables` of shape (num_moved,)
     # for a small population, else the sources themselves, of shape (num_members, num_moved).
@@ -125,18 +125,23 @@ class Plan:
             inverse[sources, columns] = member
         return inverse
 
-    @functools.cached_property
-    def values_moved_by_tensor(self) -> np.ndarray:
-        """How many values change owner, over all members, in each tensor: int64 of shape `(num_tensors,)`."""
+    def values_moved(self, picked: np.ndarray | None = None) -> int:
+        """
+        How many values change owner, over all members.
+
+        Args:
+            picked (`numpy.ndarray`, *optional*):
+                Which of the moved coordinates to look at, by their place in `coordinates`. `None`: all.
+
+        Returns:
+            `int`: The number of values.
+        """
         if self.num_members == 2:
-            return 2 * np.diff(self.offsets)
-        if self._permutations.ndim == 2:
-            members = np.arange(self.num_members, dtype=self._permutations.dtype)[:, None]
-            moved = (self._permutations != members).sum(axis=0)
-        else:
-            moved = _permutation_tables(self.num_members)[2].take(self._permutations)
-        before = np.concatenate([[0], np.cumsum(moved, dtype=np.int64)])
-        return np.diff(before[self.offsets])
+            return 2 * (len(self.coordinates) if picked is None else len(picked))
+        permutations = self._permutations if picked is None else self._permutations.take(picked, axis=-1)
+        if permutations.ndim == 2:
+            return int((permutations != np.arange(self.num_members, dtype=permutations.dtype)[:, None]).sum())
+        return int(_permutation_tables(self.num_members)[2].take(permutations).sum())
 
 
 @functools.cache
@@ -263,7 +268,8 @@ class Planner:
             for (_, thresholds), key in zip(self._counts, self._line_keys, strict=True)
             if len(thresholds)
         ]
-        self._threshold_keys = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint64)
+        # The last one is above every word's, and there so that something can always be looked up.
+        self._threshold_keys = np.concatenate([*pieces, np.array([2**64 - 1], dtype=np.uint64)])
         before = np.cumsum([0, *(len(thresholds) for _, thresholds in self._counts)])[:-1]
         self._first_counts = np.array([fewest for fewest, _ in self._counts], dtype=np.int64) - before
         self._sparse_starts = np.array([line.start for line in sparse], dtype=np.int64)
@@ -297,14 +303,7 @@ class Planner:
         Returns:
             [`Plan`]: The plan, the same for the same arguments on every process, layout and machine.
         """
-        # To make a generator costs a tenth of a small plan, so they are kept: one for each thread that draws.
-        try:
-            words = self._generators.pop()
-        except IndexError:
-            words = Philox(key=self._key)
-        # The step is the third word of the counter, so each step has 2^128 blocks of words of its own.
-        counter = np.array([0, 0, step, 0], dtype=np.uint64)
-        words.state = cast(Any, {**_FRESH, "state": {"counter": counter, "key": self._key}})
+        words = self._words(step)
         moved = self._draw_sparse(words)
         if self._dense:
             pieces, done = [], 0
@@ -323,8 +322,21 @@ class Planner:
         )
         digest = hashlib.blake2b(b"".join((self._salt, step.to_bytes(8, "little"), *checks)), digest_size=8)
         offsets = np.searchsorted(moved, self._tensor_starts)
-        moved -= np.repeat(self._tensor_starts[:-1], np.diff(offsets))
-        return Plan(step, self.num_members, moved, offsets.tolist(), digest.digest(), permutations)
+        moved -= np.repeat(self._tensor_starts[:-1], offsets[1:] - offsets[:-1])
+        return Plan(step, self.num_members, moved, offsets, digest.digest(), permutations)
+
+    def _words(self, step: int) -> Philox:
+        """The generator of a step's words, which have not been drawn from yet."""
+        # To make a generator costs a tenth of a small plan, so they are kept: one for each thread that draws.
+        try:
+            words = self._generators.pop()
+        except IndexError:
+            words = Philox(key=self._key)
+        # The step is the third word of the counter, so each step has 2^128 blocks of words of its own.
+        counter = np.zeros(4, dtype=np.uint64)
+        counter[2] = step
+        words.state = cast(Any, {**_FRESH, "state": {"counter": counter, "key": self._key}})
+        return words
 
     def _draw_sparse(self, words: Philox) -> np.ndarray:
         counts = self._draw_counts(words)
@@ -333,13 +345,13 @@ class Planner:
         taken.sort()
         taken = _without_repeats(taken)
         while len(taken) < total:
-            have = np.searchsorted(taken, self._sparse_ends) - np.searchsorted(taken, self._sparse_starts)
-            more = self._draw_positions(words, counts - have)
-            more.sort()
-            more = _without_repeats(more)
-            places = np.searchsorted(taken, more)
-            new = taken.take(places, mode="clip") != more
-            taken = np.insert(taken, places[new], more[new])
+            # Between the lines nothing is taken, so each one's share ends where the next one's begins.
+            have = np.searchsorted(taken, self._sparse_ends)
+            have[1:] -= have[:-1]
+            taken = np.concatenate([taken, self._draw_positions(words, counts - have)])
+            # This sort takes advantage of what is in order already.
+            taken.sort(kind="stable")
+            taken = _without_repeats(taken)
         return taken
 
     def _draw_counts(self, words: Philox) -> np.ndarray:
@@ -347,9 +359,9 @@ class Planner:
         drawn = words.random_raw(len(self._counts))
         # One search in the thresholds of all lines, by their upper bits below the number of the line.
         keys = (drawn >> self._line_bits) + self._line_keys
-        below, up_to = (np.searchsorted(self._threshold_keys, keys, side=side) for side in ("left", "right"))
+        up_to = np.searchsorted(self._threshold_keys, keys, side="right")
         counts = up_to + self._first_counts
-        for line in np.flatnonzero(below != up_to).tolist():
+        for line in np.flatnonzero(self._threshold_keys.take(up_to - 1, mode="clip") == keys).tolist():
             # The upper bits are those of a threshold, so that the lower ones decide.
             fewest, thresholds = self._counts[line]
             counts[line] = fewest + bisect_right(thresholds, int(drawn[line]))
@@ -371,10 +383,11 @@ class Planner:
 
 
 def _without_repeats(values: np.ndarray) -> np.ndarray:
-    repeats = values[1:] == values[:-1]
-    if not np.count_nonzero(repeats):
-        return values
-    return values[np.concatenate([[True], ~repeats])]
+    """Leaves out what is repeated, of values in ascending order."""
+    new = np.empty(len(values), dtype=bool)
+    new[:1] = True
+    np.not_equal(values[1:], values[:-1], out=new[1:])
+    return values if np.count_nonzero(new) == len(values) else values[new]
 
 
 def _draw_dense(words: Philox, line: _Line) -> list[np.ndarray]:

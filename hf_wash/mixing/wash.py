@@ -7,9 +7,10 @@ the transport in `exchange.py`, the probabilities in `schedule.py`.
 
 import functools
 import operator
+import queue
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -221,11 +222,11 @@ class WashMixer:
         self._agree_first = self._late and self._wire is not None and self._shuffle_optimizer_state
         self._last_step: int | None = None
         self._interval = 1
-        self._ahead: tuple[int, Future] | None = None
+        self._ahead: tuple[int, _Promise] | None = None
         self._carried: Layout | None = None
         self._views: dict[Plane, Views] = {}
         self._carry(self._agreed)
-        self._executor: ThreadPoolExecutor | None = None
+        self._tasks: queue.SimpleQueue | None = None
 
     def _check(self, members, optimizers, probability, schedule, seed) -> dict[str, object]:
         """Checks what one process can check by itself. Returns what all of them have to agree on."""
@@ -333,8 +334,7 @@ class WashMixer:
         if self._num_members == 1:
             return MixStats(0, 0, 0, False, bool(stop_requested), 0, 0, 0.0)
 
-        with torch.no_grad():
-            stats = self._mix(step, shuffle, bool(stop_requested))
+        stats = self._mix(step, shuffle, bool(stop_requested))
         if shuffle:
             # Last of all: the thread that draws would take the interpreter away from what this one has yet to do.
             self._draw_ahead(step)
@@ -494,14 +494,16 @@ class WashMixer:
         self._submit(step + self._interval)
 
     def _submit(self, step: int) -> None:
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf_wash-plan")
-            weakref.finalize(self, self._executor.shutdown, wait=False, cancel_futures=True)
-        if self._ahead is not None:
-            self._ahead[1].cancel()
-            # Now, not below: freeing tensors lets other threads in, and the one that draws would go first.
-            self._ahead = None
-        self._ahead = (step, self._executor.submit(_Draft, *self._outline(step)))
+        if self._tasks is None:
+            self._tasks = queue.SimpleQueue()
+            thread = threading.Thread(target=_keep_promises, args=(self._tasks,), name="hf_wash-plan", daemon=True)
+            thread.start()
+            weakref.finalize(self, _dismiss, self._tasks, thread)
+        # Now, not below: freeing tensors lets other threads in, and the one that draws would go first.
+        self._ahead = None
+        promise = _Promise(functools.partial(_Draft, *self._outline(step)))
+        self._ahead = (step, promise)
+        self._tasks.put(promise)
 
     def _header(self, digest: bytes, step: int, flags: int) -> np.ndarray:
         words = np.zeros(self._header_words, dtype=np.int64)
@@ -547,6 +549,49 @@ class WashMixer:
                 values, size = values + volume[0], size + volume[1]
                 all_values, all_size = all_values + volume[2], all_size + volume[3]
         return MixStats(values, size, sent, False, stop, all_values, all_size, waited)
+
+
+class _Promise:
+    """A draft that is made in a thread. An executor's future does more, at four times the price of all that is here."""
+
+    def __init__(self, make: "Callable[[], _Draft]"):
+        self._make: Callable[[], _Draft] | None = make
+        self._draft: _Draft | None = None
+        self._failure: BaseException | None = None
+        self._done = threading.Lock()
+        self._done.acquire()
+
+    def keep(self) -> None:
+        assert self._make is not None
+        try:
+            self._draft = self._make()
+        except BaseException as failure:
+            self._failure = failure
+        self._make = None
+        self._done.release()
+
+    def result(self) -> "_Draft":
+        """The draft, as soon as it is made; or its exception."""
+        with self._done:
+            pass
+        if self._failure is not None:
+            raise self._failure
+        assert self._draft is not None
+        return self._draft
+
+
+def _keep_promises(tasks: queue.SimpleQueue) -> None:
+    while (promise := tasks.get()) is not None:
+        promise.keep()
+        # Else it would be held, and all that it refers to, until the next one comes.
+        del promise
+
+
+def _dismiss(tasks: queue.SimpleQueue, thread: threading.Thread) -> None:
+    tasks.put(None)
+    # The interpreter must not end while the thread is at work.
+    if thread is not threading.current_thread():
+        thread.join()
 
 
 class _Draft:

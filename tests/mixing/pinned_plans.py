@@ -16,7 +16,12 @@ def describe(seed, sizes, probabilities, num_members, step):
     plan = Planner(seed, sizes, probabilities, num_members).draw(step)
     sources = np.stack([plan.sources(member) for member in range(num_members)]).astype("<i8")
     everything = hashlib.sha256(plan.coordinates.astype("<i8").tobytes() + np.ascontiguousarray(sources).tobytes())
-    return (plan.offsets.tolist(), plan.coordinates[:6].tolist(), sources[:, :2].T.tolist(), everything.hexdigest()[:16])
+    return (
+        plan.offsets.tolist(),
+        plan.coordinates[:6].tolist(),
+        sources[:, :2].T.tolist(),
+        everything.hexdigest()[:16],
+    )
 
 
 PINNED = {

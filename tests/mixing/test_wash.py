@@ -6,10 +6,12 @@ import itertools
 import random
 import threading
 import time
+import tracemalloc
 import weakref
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -461,6 +463,32 @@ def test_a_state_that_is_not_finite_goes_nowhere_either():
     assert torch.equal(before, snapshot(members))
 
 
+# --- what it takes
+
+
+def test_a_whole_shuffle_of_a_large_model_takes_little_memory():
+    with torch.device("meta"):
+        # Two, and not copies of one: what is in question is what the shuffle needs beside them.
+        members = [timm.create_model("vit_base_patch16_224") for _ in range(2)]
+    for member in members:
+        member.to_empty(device="cpu")
+        for parameter in member.parameters():
+            parameter.data.zero_()
+    size = sum(parameter.nbytes for parameter in members[0].parameters())
+    tracemalloc.start()
+    try:
+        mixer = WashMixer(members, probability=0.001)
+        for step in range(5):
+            moved = mixer.mix(step).values_moved
+            mixer.prepare(step + 1)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert moved > 40_000
+    # It sees NumPy's arrays and Python's objects, which is all that a shuffle on a CPU makes.
+    assert 100_000 < peak < 0.02 * size
+
+
 # --- the plan of the next step
 
 
@@ -495,6 +523,29 @@ def test_the_next_plan_is_drawn_while_the_caller_computes(monkeypatch):
         mixer._ahead[1].result()
     # The interval is known from the second call on.
     assert drawn == [(0, True), (1, False), (5, True), (10, False), (15, False), (20, False)]
+
+
+def test_an_error_of_the_thread_that_draws_reaches_the_caller(monkeypatch):
+    members = linears(2, 30, 30)
+    mixer = WashMixer(members, probability=0.5)
+    original = wash_module.Planner.draw
+
+    def draw(self, step):
+        if step == 1:
+            raise MemoryError("no room for this plan")
+        return original(self, step)
+
+    monkeypatch.setattr(wash_module.Planner, "draw", draw)
+    mixer.mix(0)
+    before = snapshot(members)
+    with pytest.raises(MemoryError, match="no room for this plan"):
+        mixer.mix(1)
+    assert torch.equal(before, snapshot(members))
+    # The thread lives on.
+    monkeypatch.setattr(wash_module.Planner, "draw", original)
+    mixer.prepare(2)
+    mixer.mix(2)
+    assert not torch.equal(before, snapshot(members))
 
 
 def test_a_mixer_that_is_dropped_leaves_no_thread_and_no_member_behind():

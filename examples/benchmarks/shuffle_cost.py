@@ -15,6 +15,8 @@ meets all alike. The median over rounds is reported, as seen by the slowest proc
 - SPARTA: as in its public code, a mask drawn and broadcast for each tensor and the selected values all-reduced; and
   derived, the same with masks that every process draws from a seed
 - all-reduce: the whole model at once, what DDP pays each step and PAPA each tenth
+
+And in percent of the bytes of what is shuffled, memory: the most that one `mix()` and the plan ahead take beside it.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import os
 import platform
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -129,6 +132,23 @@ def sparta(parameters: list[torch.Tensor], probability: float, broadcast: bool) 
         parameter.data.masked_scatter_(mask, selected / dist.get_world_size())
 
 
+def extra_memory(mixer: WashMixer, step: int, device: torch.device) -> int:
+    """The peak of the bytes that a shuffle takes: on the GPU, or else in NumPy's arrays and Python's objects."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        tracemalloc.start()
+    mixer.mix(step)
+    mixer.prepare(step + 1)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() - before
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
 def measure(name: str, probability: float, with_state: bool, rounds: int, device: torch.device, local: int) -> dict:
     torch.manual_seed(0)
     members = [build(name).to(device) for _ in range(local)]
@@ -200,6 +220,7 @@ def measure(name: str, probability: float, with_state: bool, rounds: int, device
         dist.all_gather_object(gathered, (medians, best))
         medians, best = ({k: max(g[i][k] for g in gathered) for k in medians} for i in range(2))
     stats = mixer.mix(1)
+    share = 100 * extra_memory(mixer, 2, device) / sum(t.nbytes for t in touched)
     return {
         "model": name,
         "parameters": sum(sizes),
@@ -209,6 +230,7 @@ def measure(name: str, probability: float, with_state: bool, rounds: int, device
         "num_processes": world,
         "values_moved_per_member": stats.population_values_moved / num_members,
         "bytes_sent_by_a_process": stats.bytes_sent,
+        "memory_percent": share,
         "median_ms": medians,
         "fastest_ms": best,
     }
@@ -238,17 +260,16 @@ def main():
     first = not distributed or dist.get_rank() == 0
     if first:
         print(f"{machine}; {os.environ.get('WORLD_SIZE', 1)} processes, {local} members each; medians in ms\n")
-        print("| model | p | state | " + " | ".join([*COLUMNS, "plan N = 10", "mix drawn / floor"]) + " |")
-        print("|---|---|---|" + "---|" * (len(COLUMNS) + 2))
+        columns = [*COLUMNS, "plan N = 10", "mix drawn / floor"]
+        print("| model | p | state | " + " | ".join([*columns, "memory, %"]) + " |")
+        print("|---|---|---|" + "---|" * (len(columns) + 1))
     for name in args.models:
         for probability in args.probabilities:
             for with_state in (False, True):
                 result = measure(name, probability, with_state, args.rounds, device, local)
                 results.append(result)
                 if first:
-                    row = [
-                        result["median_ms"].get(column) for column in [*COLUMNS, "plan N = 10", "mix drawn / floor"]
-                    ]
+                    row = [*(result["median_ms"].get(column) for column in columns), result["memory_percent"]]
                     cells = " | ".join("" if value is None else f"{value:.3g}" for value in row)
                     print(f"| {name} | {probability} | {'Adam' if with_state else 'no'} | {cells} |", flush=True)
     if first and args.json:

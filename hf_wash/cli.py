@@ -282,7 +282,8 @@ def _describe(folder: Path, record: dict[str, Any], metrics: dict[str, float], n
     from importlib.metadata import version
 
     from . import __version__
-    from .hub.card import WashCard, write_record
+    from .hub.card import WashCard
+    from .hub.record import write_record
 
     if metrics:
         (folder / "all_results.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
@@ -408,8 +409,9 @@ def push(
 
     Log in before with `hf auth login`, or set HF_TOKEN.
     """
-    from .hub.card import RUN_RECORD, write_card
+    from .hub.card import write_card
     from .hub.push import push_folder
+    from .hub.record import RUN_RECORD
 
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")

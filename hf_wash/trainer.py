@@ -9,10 +9,8 @@ and clipping (here), one optimizer step, the exchange (`mixing`). What the user 
 
 import contextlib
 import copy
-import importlib.metadata
 import math
 import os
-import platform
 import shutil
 import signal
 import threading
@@ -60,7 +58,8 @@ from .data import (
 )
 from .diagnostics import ConsensusSample, squared_distance
 from .hub import export_model
-from .hub.card import WashCard, dataset_repositories, inherited_license, last_evaluation, write_record
+from .hub.card import WashCard
+from .hub.describe import describe_run
 from .hub.push import (
     PushError,
     create_repository,
@@ -70,6 +69,7 @@ from .hub.push import (
     remove_snapshots,
     root_files,
 )
+from .hub.record import last_evaluation, write_record
 from .members import MemberOverrides
 from .mixing import WashMixer
 from .population import Population, copy_member, share_frozen
@@ -1601,82 +1601,18 @@ class WashTrainer(Trainer):
 
     def _run_record(self) -> dict[str, Any]:
         """What `wash_run.json` says, from this process's knowledge alone."""
-        args, state, model = self.args, self.state, unwrap_model(self.model)
-        trained = [p for p in self.population.members[0].parameters() if p.requires_grad]
-        device = args.device
-        processes = self.population.world_size
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
-        threads = torch.get_num_threads()
-        each = f", {threads} thread{'s' if threads > 1 else ''} each" if device.type == "cpu" else ""
-        soup: dict[str, Any] = {"method": args.soup}
-        if has_batch_norm(model):
-            soup["batch_norm"] = args.soup_batch_norm
-        if self.greedy_record is not None:
-            chosen = self.greedy_record
-            soup |= {"chosen": list(chosen.indices), "scores": list(chosen.member_scores)}
-        precision = str(trained[0].dtype).removeprefix("torch.") if trained else None
-        if args.fp16 or args.bf16:
-            precision = f"{'float16' if args.fp16 else 'bfloat16'}, mixed"
-        mixing = ("shuffle_probability", "shuffle_schedule", "shuffle_optimizer_state", "shuffle_interval")
-        mixing += ("shuffle_start", "shuffle_stop")
-        training = ("seed", "data_seed", "gradient_accumulation_steps", "learning_rate", "warmup_steps")
-        training += ("weight_decay", "label_smoothing_factor", "max_grad_norm")
-        versions = {"hf_wash": __version__, "python": platform.python_version()}
-        versions |= {
-            name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "timm")
-        }
-        card = self._given_for_card()
-        return {
-            "model": {
-                "class": type(model).__name__,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "trainable_parameters": sum(p.numel() for p in trained),
-                "trainable_bytes": sum(p.numel() * p.element_size() for p in trained),
-            },
-            "population": {
-                "size": self.population.size,
-                "same_init": args.same_init,
-                "member_data": args.member_data,
-                "overrides": [overrides.describe() for overrides in self._overrides],
-            },
-            "mixing": {"method": args.mixing, **{name: getattr(args, name) for name in mixing}},
-            "exchange": {"values_moved": self.values_moved, "bytes_exchanged": self.bytes_exchanged},
-            "soup": soup,
-            "training": {
-                "steps": state.global_step,
-                "epochs": round(state.epoch, 4) if state.epoch else None,
-                "batch_size": self.get_total_train_batch_size(args),
-                "optimizer": str(getattr(args.optim, "value", args.optim)),
-                "lr_scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-                "precision": precision,
-                **{name: getattr(args, name) for name in training},
-            },
-            "data": {
-                "train_samples": len(self.train_dataset) if has_length(self.train_dataset) else None,
-                "eval_samples": len(self.eval_dataset) if has_length(self.eval_dataset) else None,
-            },
-            "hardware": {
-                "device": where,
-                "processes": processes,
-                "text": f"{processes} process{'es' if processes > 1 else ''} on {where}{each}",
-            },
-            "versions": versions,
-            "card": {**card, **self._origin(card)},
-        }
-
-    def _origin(self, card: dict[str, Any]) -> dict[str, Any]:
-        """Where the model and the data come from: as far as they tell themselves, and without paths of this machine."""
-        model = unwrap_model(self.model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        base = card.get("finetuned_from") or getattr(getattr(model, "config", None), "_name_or_path", None) or None
-        if not hasattr(self, "_base_license") or self._base_license[0] != base:
-            self._base_license = (base, inherited_license(base))
-        found = {
-            "finetuned_from": Path(base).name if base and os.path.isdir(base) else base,
-            "license": card.get("license") or self._base_license[1],
-            "dataset_tags": card.get("dataset_tags") or dataset_repositories(self.train_dataset, self.eval_dataset),
-        }
-        return {name: value for name, value in found.items() if value}
+        return describe_run(
+            args=self.args,
+            state=self.state,
+            model=unwrap_model(self.model),
+            population=self.population,
+            overrides=self._overrides,
+            exchanged=(self.values_moved, self.bytes_exchanged),
+            greedy=self.greedy_record,
+            batch_size=self.get_total_train_batch_size(self.args),
+            datasets=(self.train_dataset, self.eval_dataset),
+            card=self._given_for_card(),
+        )
 
     def push_to_hub(
         self,

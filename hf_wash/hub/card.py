@@ -6,33 +6,39 @@ that is already there keeps its own text and metadata: only the part between two
 is missing is added. Needs neither torch nor transformers.
 """
 
-import hashlib
-import json
 import logging
 import os
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
+from . import wording
+from .card_merge import CARD, has_title, merge_card, own_text
+from .record import (
+    REPO_ID,
+    RUN_RECORD,
+    as_list,
+    count_values,
+    hub_ids,
+    is_number,
+    last_evaluation,
+    read_json,
+    read_record,
+)
+
 
 logger = logging.getLogger(__name__)
 
-CARD = "README.md"
-# What a program can read about a run: the card's own source, written beside it by the Trainer and by `hf-wash soup`.
-RUN_RECORD = "wash_run.json"
-RECORD_FORMAT = 1
 PAPA_INTERVAL = 10
 
 _METHODS = {"wash": "WASH"}
 # Metrics that the Hub knows by these names and shows as such.
 _HUB_METRICS = ("accuracy", "f1", "precision", "recall", "roc_auc")
-_PERCENT = ("accuracy", "top5_accuracy", "f1", "precision", "recall")
 _NO_METRIC = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time", "consensus_distance")
 _MAX_COLUMNS = 6
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 # ---- What is known ---------------------------------------------------------------------------------------------------
@@ -139,8 +145,8 @@ class WashCard:
         folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"There is no folder {folder}.")
-        adapter = _read(folder / "adapter_config.json")
-        config = _read(folder / "config.json") or _read(folder / "backbone_config.json") or config or {}
+        adapter = read_json(folder / "adapter_config.json")
+        config = read_json(folder / "config.json") or read_json(folder / "backbone_config.json") or config or {}
         if not config and not adapter:
             raise ValueError(f"{folder} holds no model: expected config.json or adapter_config.json in it.")
         if adapter:
@@ -148,11 +154,11 @@ class WashCard:
         else:
             library = "timm" if "pretrained_cfg" in config else "transformers"
         record = read_record(folder) if record is None else record
-        state = _read(folder / "trainer_state.json")
+        state = read_json(folder / "trainer_state.json")
         if log_history is None:
             log_history = state.get("log_history", [])
         if metrics is None:
-            metrics = _read(folder / "all_results.json") or _read(folder / "eval_results.json")
+            metrics = read_json(folder / "all_results.json") or read_json(folder / "eval_results.json")
             if not any(key.startswith("eval_") for key in metrics):
                 metrics = last_evaluation(log_history)
         options = record.get("card", {})
@@ -170,11 +176,11 @@ class WashCard:
             revision=None if revision == "main" else revision,
             config=config,
             record=record,
-            metrics={key: value for key, value in metrics.items() if _is_number(value)},
+            metrics={key: value for key, value in metrics.items() if is_number(value)},
             pictures=drawn,
             has_members=local_members if members is None else members,
             has_processor=library == "timm" or (folder / "preprocessor_config.json").is_file(),
-            values=_count_values(folder),
+            values=count_values(folder),
             adapter_base=adapter.get("base_model_name_or_path"),
             license=options.get("license"),
             language=options.get("language"),
@@ -192,13 +198,13 @@ class WashCard:
         tags = list(dict.fromkeys([*self.tags, *(["wash"] if self.method == "wash" else []), "model-soup"]))
         if self.library == "timm":
             tags = list(dict.fromkeys([*tags, "timm", "transformers"]))
-        ingredients = [name for name in self.soup.get("ingredients", []) if _REPO_ID.fullmatch(name)]
-        base = _hub_ids(self.base_model)
+        ingredients = [name for name in self.soup.get("ingredients", []) if REPO_ID.fullmatch(name)]
+        base = hub_ids(self.base_model)
         relation = "adapter" if self.library == "peft" else "finetune"
         if ingredients:
             base, relation = ingredients, "merge"
         elif not base and self.library == "peft":
-            base = _hub_ids(self.adapter_base)
+            base = hub_ids(self.adapter_base)
         data = {
             "language": self.language,
             "license": self.license,
@@ -221,7 +227,7 @@ class WashCard:
 
     @property
     def _dataset_ids(self) -> list[str]:
-        named = [name for name in self.dataset_names if _REPO_ID.fullmatch(name)]
+        named = [name for name in self.dataset_names if REPO_ID.fullmatch(name)]
         return list(dict.fromkeys([*self.dataset_ids, *named]))
 
     def _model_index(self) -> list[dict[str, Any]]:
@@ -232,9 +238,11 @@ class WashCard:
         dataset = {"name": ", ".join(shown) or "unknown", "type": next(iter(self._dataset_ids), None)}
         if dataset["type"] is None:
             dataset["type"] = re.sub(r"[^\w.-]+", "-", dataset["name"].lower()).strip("-") or "unknown"
-        metrics = [{"type": name, "name": _title(name), "value": self.metrics[f"eval_{name}"]} for name in names]
+        metrics = [
+            {"type": name, "name": wording.title(name), "value": self.metrics[f"eval_{name}"]} for name in names
+        ]
         task = self._pipeline_tag or "other"
-        result = {"task": {"type": task, "name": _title(task.replace("-", "_"))}, "dataset": dataset}
+        result = {"task": {"type": task, "name": wording.title(task.replace("-", "_"))}, "dataset": dataset}
         return [{"name": self.model_name, "results": [{**result, "metrics": metrics}]}]
 
     # ---- What the template asks for ----------------------------------------------------------------------------------
@@ -275,7 +283,7 @@ class WashCard:
 
     @property
     def version(self) -> str:
-        return self.record.get("versions", {}).get("hf_wash") or _own_version()
+        return self.record.get("versions", {}).get("hf_wash") or __version__
 
     @property
     def steps(self) -> int:
@@ -292,7 +300,7 @@ class WashCard:
 
     @property
     def data_names(self) -> str:
-        return ", ".join(_cell(name) for name in self.dataset_names or self._dataset_ids)
+        return ", ".join(wording.cell(name) for name in self.dataset_names or self._dataset_ids)
 
     @property
     def eval_samples_text(self) -> str:
@@ -325,16 +333,16 @@ class WashCard:
             details.append(f"`{architecture}`")
         parameters = self.record.get("model", {}).get("parameters") or self.values
         if parameters:
-            details.append(f"{_short(parameters)} parameters")
+            details.append(f"{wording.short_count(parameters)} parameters")
         classes = len(self.config.get("id2label") or self.config.get("label_names") or [])
         if self.is_image_classifier and classes:
             details.append(f"{classes} classes")
         text = f"{kind} ({', '.join(details)})" if details else kind
-        base = _hub_ids(self.base_model)
+        base = hub_ids(self.base_model)
         if base and not self.soup.get("ingredients"):
-            text += f", fine-tuned from {_links(base)}"
+            text += f", fine-tuned from {wording.links(base)}"
         elif self.base_model and not self.soup.get("ingredients"):
-            text += f", fine-tuned from {_cell(Path(as_list(self.base_model)[0]).name)}"
+            text += f", fine-tuned from {wording.cell(Path(as_list(self.base_model)[0]).name)}"
         if self.data_names:
             text += (
                 f" and trained on {self.data_names}" if base or self.base_model else f", trained on {self.data_names}"
@@ -393,10 +401,10 @@ class WashCard:
         ]
         table = []
         for title, key in prefixes:
-            cells = [_number(name, self.metrics.get(key.format(name))) for name in names]
+            cells = [wording.number(name, self.metrics.get(key.format(name))) for name in names]
             if any(cells):
                 table.append([title, *cells])
-        return [_title(name) for name in names], table
+        return [wording.title(name) for name in names], table
 
     def recipe(self) -> list[tuple[str, str]]:
         """How the run was made: names and values."""
@@ -413,7 +421,7 @@ class WashCard:
                     ("mixing", f"WASH{' with optimizer state' if mixing.get('shuffle_optimizer_state') else ''}"),
                     ("probability p", f"{mixing.get('shuffle_probability'):g}"),
                     ("schedule over depth", mixing.get("shuffle_schedule")),
-                    ("shuffled", _when(mixing)),
+                    ("shuffled", wording.when_shuffled(mixing)),
                 ]
             else:
                 rows.append(("mixing", mixing.get("method")))
@@ -427,9 +435,9 @@ class WashCard:
         data = [self.data_names, f"{samples:,} training samples" if samples else "", seen if size > 1 else ""]
         rows.append(("data", ", ".join(text for text in data if text)))
         rows += [
-            (f"member {index} differs", _override(override))
+            (f"member {index} differs", wording.differences(override))
             for index, override in enumerate(population.get("overrides", []))
-            if _override(override)
+            if wording.differences(override)
         ]
         steps, epochs = training.get("steps"), training.get("epochs")
         if steps:
@@ -440,16 +448,16 @@ class WashCard:
             rows.append(("batch size of a member", f"{batch}{times}"))
         rows += [
             ("optimizer", training.get("optimizer")),
-            ("learning rate", _rate(training)),
-            ("weight decay", _plain(training.get("weight_decay"))),
-            ("label smoothing", _plain(training.get("label_smoothing_factor") or None)),
-            ("gradient norm clipped at", _plain(training.get("max_grad_norm") or None)),
+            ("learning rate", wording.learning_rate(training)),
+            ("weight decay", wording.plain(training.get("weight_decay"))),
+            ("label smoothing", wording.plain(training.get("label_smoothing_factor") or None)),
+            ("gradient norm clipped at", wording.plain(training.get("max_grad_norm") or None)),
             ("precision", training.get("precision")),
-            ("soup", _soup_text(self.soup) if size > 1 else None),
+            ("soup", wording.soup_method(self.soup) if size > 1 else None),
             ("hardware", self.record.get("hardware", {}).get("text")),
             ("versions", ", ".join(f"{name} {v}" for name, v in self.record.get("versions", {}).items())),
         ]
-        return [(name, _cell(str(value))) for name, value in rows if value not in (None, "")]
+        return [(name, wording.cell(str(value))) for name, value in rows if value not in (None, "")]
 
     def exchange(self) -> list[list[str]]:
         """Bytes sent in the whole run: by this one, and by DDP and PAPA had they trained the same."""
@@ -459,9 +467,9 @@ class WashCard:
             return []
         ddp = size * self.steps * parameters
         papa = size * (self.steps // PAPA_INTERVAL) * parameters
-        rows = [[self.method_name, _bytes(exchanged), "1"]]
+        rows = [[self.method_name, wording.bytes_text(exchanged), "1"]]
         for name, amount in (("PAPA", papa), ("DDP", ddp)):
-            rows.append([name, _bytes(amount), f"{amount / exchanged:,.3g} ×" if exchanged else "–"])
+            rows.append([name, wording.bytes_text(amount), f"{amount / exchanged:,.3g} ×" if exchanged else "–"])
         return rows
 
     def ingredients(self) -> tuple[list[list[str]], bool, bool]:
@@ -470,9 +478,9 @@ class WashCard:
         scores, chosen = self.soup.get("scores"), self.soup.get("chosen")
         table = []
         for index, name in enumerate(names):
-            row = [str(index), _links([name]) if _REPO_ID.fullmatch(name) else _cell(name)]
+            row = [str(index), wording.links([name]) if REPO_ID.fullmatch(name) else wording.cell(name)]
             if scores:
-                row.append(_number("accuracy", scores[index]))
+                row.append(wording.number("accuracy", scores[index]))
             if chosen is not None:
                 row.append("yes" if index in chosen else "no")
             table.append(row)
@@ -635,7 +643,7 @@ class WashCard:
                     existing = file.read()
             except UnicodeDecodeError as error:
                 return [f"{path} is left as it is: it is not UTF-8 text ({error.reason})."]
-        own_title = existing is not None and _has_title(_outside(existing))
+        own_title = existing is not None and has_title(own_text(existing))
         text, problems = merge_card(existing, self.metadata(), self.render(2 if own_title else 1))
         if text != existing:
             staged = path.with_name(f"_{CARD}.{os.getpid()}")
@@ -659,361 +667,3 @@ def write_card(folder: str | Path, **options: Any) -> WashCard:
     for problem in card.write(folder):
         logger.warning(problem)
     return card
-
-
-# ---- A card that is there already ------------------------------------------------------------------------------------
-
-_FRONT_MATTER = re.compile(r"\A(\ufeff?\s*---[ \t]*\r?\n)(.*?)(^---[ \t]*(?:\r?\n|\Z))", re.DOTALL | re.MULTILINE)
-_OPENED = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n")
-_BEGIN = re.compile(r"<!-- hf-wash:begin (\{.*?\}) [^>]*-->")
-_END = "<!-- hf-wash:end -->"
-_BLOCK = re.compile(_BEGIN.pattern + r".*?" + re.escape(_END), re.DOTALL)
-
-
-def merge_card(existing: str | None, metadata: Mapping[str, Any], body: str) -> tuple[str, list[str]]:
-    """
-    Puts generated text and metadata into a card without touching what is not ours.
-
-    The generated text stands between two marks; where they are not there yet, it goes to the end. Metadata are added
-    where the card has none of that name. Those that were added before are recognized, by a digest kept in the mark,
-    and brought up to date unless somebody has changed them since.
-
-    Args:
-        existing (`str`, *optional*):
-            The card so far.
-        metadata (`Mapping[str, Any]`):
-            What the front matter should say.
-        body (`str`):
-            The generated text.
-
-    Returns:
-        `tuple[str, list[str]]`: the new card, and what could not be done, in sentences.
-    """
-    if existing is None or not existing.strip():
-        front = _dump(metadata)
-        return f"---\n{front}---\n\n{_block(_digests(metadata), body)}\n", []
-    newline = "\r\n" if "\r\n" in existing else "\n"
-    problems = []
-    begin = _BEGIN.search(existing)
-    if begin is not None and _BLOCK.search(existing) is None:
-        return existing, [f"it is left as it is, since the mark `{_END}` that ended its generated part is gone."]
-    try:
-        before = json.loads(begin.group(1)) if begin else {}
-    except ValueError:
-        before = {}
-
-    problem = _front_matter_problem(existing)
-    ours = dict(before)
-    text = existing
-    if problem is not None:
-        problems.append(f"{problem} The front matter is kept as it is, and no metadata was added.")
-    else:
-        text, ours = _merge_front_matter(existing, metadata, before, newline)
-    block = _block(ours, body).replace("\n", newline)
-    if begin is not None:
-        # A function, since a backslash in a replacement string has a meaning.
-        return _BLOCK.sub(lambda _: block, text, count=1), problems
-    separator = newline if text.endswith(("\n", "\r")) else 2 * newline
-    return f"{text}{separator}{block}{newline}", problems
-
-
-def front_matter_problem(path: str | Path) -> str | None:
-    """
-    What is wrong with the front matter of a card, in a sentence; `None` if nothing is.
-
-    Args:
-        path (`str` or `Path`):
-            The card.
-    """
-    try:
-        return _front_matter_problem(Path(path).read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return f"it is not UTF-8 text ({error.reason})."
-
-
-def _front_matter_problem(text: str) -> str | None:
-    import yaml
-
-    match = _FRONT_MATTER.match(text)
-    if match is None:
-        return "its front matter begins with `---` and never ends." if _OPENED.match(text) else None
-    try:
-        content = yaml.safe_load(match.group(2))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        # The line in the file: the first one is `---`.
-        line = f" in line {mark.line + 1 + match.group(1).count(chr(10))}" if mark is not None else ""
-        return f"its front matter is not valid YAML{line} ({getattr(error, 'problem', None) or error})."
-    if content is not None and not isinstance(content, dict):
-        return f"its front matter is a {type(content).__name__} where names and values are expected."
-    return None
-
-
-def _merge_front_matter(
-    text: str, metadata: Mapping[str, Any], before: Mapping[str, str], newline: str
-) -> tuple[str, dict[str, str]]:
-    """The text with its front matter completed, and digests of what in it is ours."""
-    import yaml
-
-    match = _FRONT_MATTER.match(text)
-    if match is None:
-        front = _dump(metadata).replace("\n", newline)
-        return f"---{newline}{front}---{newline}{newline}{text}", _digests(metadata)
-    opening, content, closing = match.groups()
-    values = yaml.safe_load(content) or {}
-    still_ours = {key for key, digest in before.items() if key in values and _digest(values[key]) == digest}
-    if still_ours:
-        # Line by line, so that the rest stays as it was written, comments and order included.
-        lines = content.splitlines(keepends=True)
-        keys = [(node.value, node.start_mark.line) for node, _ in yaml.compose(content, Loader=yaml.SafeLoader).value]
-        ends = [line for _, line in keys[1:]] + [len(lines)]
-        removed = set()
-        for (key, start), end in zip(keys, ends, strict=True):
-            if key in still_ours:
-                removed |= {line for line in range(start, end) if not lines[line].lstrip().startswith("#")}
-        content = "".join(line for number, line in enumerate(lines) if number not in removed)
-        values = {key: value for key, value in values.items() if key not in still_ours}
-    added = {key: value for key, value in metadata.items() if key not in values}
-    if "base_model_relation" in added and "base_model" not in added:
-        del added["base_model_relation"]  # of the base model that somebody else named, we know nothing
-    if content and not content.endswith("\n"):
-        content += newline
-    content += _dump(added).replace("\n", newline) if added else ""
-    return opening + content + closing + text[match.end() :], _digests(added)
-
-
-def _dump(metadata: Mapping[str, Any]) -> str:
-    import yaml
-
-    if not metadata:
-        return ""
-    return yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=10_000)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def _digests(metadata: Mapping[str, Any]) -> dict[str, str]:
-    return {key: _digest(value) for key, value in metadata.items()}
-
-
-def _block(digests: Mapping[str, str], body: str) -> str:
-    note = f"<!-- hf-wash:begin {json.dumps(dict(digests))} What stands between these marks is written anew with the card. -->"
-    return f"{note}\n{body}{_END}"
-
-
-def _outside(text: str) -> str:
-    match = _FRONT_MATTER.match(text)
-    return _BLOCK.sub("", text[match.end() :] if match else text)
-
-
-def _has_title(text: str) -> bool:
-    without_code = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    return re.search(r"^(# |<h1)|^[^\n]+\n===+\s*$", without_code, flags=re.MULTILINE) is not None
-
-
-# ---- Reading a folder ------------------------------------------------------------------------------------------------
-
-
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """A folder's `wash_run.json`; empty if it has none."""
-    return _read(Path(folder) / RUN_RECORD)
-
-
-def write_record(folder: str | Path, record: Mapping[str, Any]) -> None:
-    """Writes `wash_run.json`, whole or not at all."""
-    path = Path(folder) / RUN_RECORD
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f"_{RUN_RECORD}.{os.getpid()}")
-    staged.write_text(json.dumps({"format": RECORD_FORMAT, **record}, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(staged, path)
-
-
-def last_evaluation(log_history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The metrics of the last evaluation in a run's log."""
-    for entry in reversed(log_history):
-        metrics = {key: value for key, value in entry.items() if key.startswith("eval_")}
-        if metrics:
-            return metrics
-    return {}
-
-
-def inherited_license(base_model: str | None, timeout: float = 10.0) -> str | None:
-    """
-    The license of the model that another one was made from.
-
-    Args:
-        base_model (`str`, *optional*):
-            A folder, whose card is read, or a repository of the Hub, which is asked.
-        timeout (`float`, *optional*, defaults to 10.0):
-            Seconds to wait for the Hub. Whatever goes wrong there, the license is not known then.
-    """
-    import yaml
-
-    if not base_model:
-        return None
-    card = Path(base_model) / CARD
-    if card.is_file() and front_matter_problem(card) is None:
-        match = _FRONT_MATTER.match(card.read_text(encoding="utf-8"))
-        found = (yaml.safe_load(match.group(2)) or {}).get("license") if match else None
-        return found if isinstance(found, str) else None
-    if Path(base_model).exists() or not _hub_ids(base_model):
-        return None
-    from huggingface_hub import HfApi
-
-    try:
-        data = HfApi().model_info(base_model, timeout=timeout).card_data
-        found = data.get("license") if data is not None else None
-    except Exception:  # no network, no such repository, not for us: a card can do without
-        return None
-    return found if isinstance(found, str) else None
-
-
-def dataset_repositories(*datasets: Any) -> list[str]:
-    """The repositories of the Hub that data sets of the `datasets` library were loaded from."""
-    found = []
-    for dataset in datasets:
-        checksums = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
-        found += [
-            match.group(1) for url in checksums if (match := re.match(r"hf://datasets/([^/]+/[^/@]+)@", str(url)))
-        ]
-    return list(dict.fromkeys(found))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} where a JSON object is expected.")
-    return content
-
-
-def _count_values(folder: Path) -> int | None:
-    """Number of values in a folder's weight files, from their headers."""
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        try:
-            with open(file, "rb") as content:
-                length = struct.unpack("<Q", content.read(8))[0]
-                header = json.loads(content.read(min(length, 100_000_000)))
-        except (OSError, ValueError, struct.error):
-            return None
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                count = 1
-                for dimension in tensor["shape"]:
-                    count *= dimension
-                total += count
-    return total or None
-
-
-# ---- Words and numbers -----------------------------------------------------------------------------------------------
-
-
-def as_list(value: Any) -> list:
-    """A value or a list of them, as a list."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _own_version() -> str:
-    from .. import __version__
-
-    return __version__
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _hub_ids(names: Any) -> list[str]:
-    return [name for name in as_list(names) if _REPO_ID.fullmatch(name) and not Path(name).exists()]
-
-
-def _links(names: list[str]) -> str:
-    return ", ".join(f"[{name}](https://hf.co/{name})" for name in names)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _title(name: str) -> str:
-    known = {"ece": "ECE", "f1": "F1", "top5_accuracy": "Top-5 accuracy"}
-    return known.get(name, name.replace("_", " ").capitalize())
-
-
-def _number(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2%}" if name in _PERCENT and -1 <= value <= 1 else f"{value:.4f}"
-
-
-def _plain(value: Any) -> str | None:
-    return None if value is None else f"{value:g}"
-
-
-def _short(count: int) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return str(count)
-
-
-def _bytes(count: float) -> str:
-    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:g} bytes"
-
-
-def _when(mixing: Mapping[str, Any]) -> str:
-    interval = mixing.get("shuffle_interval", 1)
-    text = "after every optimizer step" if interval == 1 else f"after every {interval} optimizer steps"
-    start, stop = mixing.get("shuffle_start", 0.0), mixing.get("shuffle_stop", 1.0)
-    return text if (start, stop) == (0.0, 1.0) else f"{text}, from {start:.0%} to {stop:.0%} of the run"
-
-
-def _rate(training: Mapping[str, Any]) -> str | None:
-    if training.get("learning_rate") is None:
-        return None
-    parts = [f"{training['learning_rate']:g}"]
-    if training.get("lr_scheduler"):
-        parts.append(f"{training['lr_scheduler']} schedule")
-    warmup = training.get("warmup_steps")
-    if warmup:
-        parts.append(f"warm-up over {warmup:.0%} of the steps" if warmup < 1 else f"warm-up over {warmup:g} steps")
-    return ", ".join(parts)
-
-
-def _override(override: Mapping[str, Any]) -> str:
-    parts = []
-    for name, value in override.items():
-        if isinstance(value, Mapping):
-            parts.append(_override(value))
-            continue
-        if value in (None, False):
-            continue
-        words = name.replace("_", " ")
-        parts.append(
-            f"its own {words}" if value is True else f"{words} {value:g}" if _is_number(value) else f"{words} {value}"
-        )
-    return ", ".join(part for part in parts if part)
-
-
-def _soup_text(soup: Mapping[str, Any]) -> str | None:
-    if not soup.get("method"):
-        return None
-    text = soup["method"]
-    if soup.get("batch_norm"):
-        text += {
-            "recalibrate": ", BatchNorm statistics measured anew on training batches",
-            "average": ", BatchNorm statistics averaged",
-        }.get(soup["batch_norm"], "")
-    return text

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..soup.weights import find_weight_files
-from .card import front_matter_problem, read_record
+from .card_merge import front_matter_problem
+from .record import read_record
 
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from hf_wash.hub.card import WashCard, inherited_license, merge_card, read_record, write_card
+from hf_wash.hub.card import WashCard, write_card
+from hf_wash.hub.card_merge import merge_card
+from hf_wash.hub.record import inherited_license, read_record
 
 
 BEGIN = "<!-- hf-wash:begin "

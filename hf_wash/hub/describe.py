@@ -1,0 +1,152 @@
+"""How a run was made, as a program can read it: the content of `wash_run.json`."""
+
+import functools
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerState
+from transformers.trainer_utils import has_length
+
+from .. import __version__
+from ..config import WashConfig
+from ..members import MemberOverrides
+from ..population import Population
+from ..soup import GreedySoupRecord, has_batch_norm
+from .record import dataset_repositories, inherited_license
+
+
+_MIXING = (
+    "shuffle_probability",
+    "shuffle_schedule",
+    "shuffle_optimizer_state",
+    "shuffle_interval",
+    "shuffle_start",
+    "shuffle_stop",
+)
+_TRAINING = (
+    "seed",
+    "data_seed",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "label_smoothing_factor",
+    "max_grad_norm",
+)
+
+# Asked for at every save; the Hub need not be asked each time.
+_license_of = functools.cache(inherited_license)
+
+
+def describe_run(
+    *,
+    args: WashConfig,
+    state: TrainerState,
+    model: nn.Module,
+    population: Population,
+    overrides: Sequence[MemberOverrides],
+    exchanged: tuple[int, int],
+    greedy: GreedySoupRecord | None,
+    batch_size: int,
+    datasets: tuple[Any, Any],
+    card: Mapping[str, Any],
+) -> dict[str, Any]:
+    """
+    Puts together what is to be known about a run. No process waits for another.
+
+    Args:
+        args ([`WashConfig`]), state (`TrainerState`):
+            The options, and how far the run has come.
+        model (`torch.nn.Module`):
+            The model that is served: one member, or the soup.
+        population ([`Population`]), overrides (`Sequence[MemberOverrides]`):
+            The members, and what each has of its own.
+        exchanged (`tuple[int, int]`):
+            The values and bytes that members got from each other so far.
+        greedy ([`GreedySoupRecord`], *optional*):
+            How the greedy soup was chosen, if there is one.
+        batch_size (`int`):
+            The number of samples that a member sees for one optimizer step.
+        datasets (`tuple`):
+            The data sets for training and evaluation, or `None`.
+        card (`Mapping[str, Any]`):
+            What was given for the model card.
+
+    Returns:
+        `dict[str, Any]`: The content of `wash_run.json`.
+    """
+    member = population.members[0]
+    trained = [p for p in member.parameters() if p.requires_grad]
+    train_samples, eval_samples = (len(dataset) if has_length(dataset) else None for dataset in datasets)
+    soup: dict[str, Any] = {"method": args.soup}
+    if has_batch_norm(model):
+        soup["batch_norm"] = args.soup_batch_norm
+    if greedy is not None:
+        soup |= {"chosen": list(greedy.indices), "scores": list(greedy.member_scores)}
+    libraries = ("torch", "transformers", "accelerate", "timm")
+    return {
+        "model": {
+            "class": type(model).__name__,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trainable_parameters": sum(p.numel() for p in trained),
+            "trainable_bytes": sum(p.numel() * p.element_size() for p in trained),
+        },
+        "population": {
+            "size": population.size,
+            "same_init": args.same_init,
+            "member_data": args.member_data,
+            "overrides": [each.describe() for each in overrides],
+        },
+        "mixing": {"method": args.mixing, **{name: getattr(args, name) for name in _MIXING}},
+        "exchange": dict(zip(("values_moved", "bytes_exchanged"), exchanged, strict=True)),
+        "soup": soup,
+        "training": {
+            "steps": state.global_step,
+            "epochs": round(state.epoch, 4) if state.epoch else None,
+            "batch_size": batch_size,
+            "optimizer": str(getattr(args.optim, "value", args.optim)),
+            "lr_scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            "precision": _precision(args, trained),
+            **{name: getattr(args, name) for name in _TRAINING},
+        },
+        "data": {"train_samples": train_samples, "eval_samples": eval_samples},
+        "hardware": _hardware(args.device, population.world_size),
+        "versions": {
+            "hf_wash": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in libraries},
+        },
+        "card": {**card, **_origin(model, datasets, card)},
+    }
+
+
+def _precision(args: WashConfig, trained: Sequence[torch.Tensor]) -> str | None:
+    if args.fp16 or args.bf16:
+        return f"{'float16' if args.fp16 else 'bfloat16'}, mixed"
+    return str(trained[0].dtype).removeprefix("torch.") if trained else None
+
+
+def _hardware(device: torch.device, processes: int) -> dict[str, Any]:
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
+    threads = torch.get_num_threads()
+    each = f", {threads} thread{'s' if threads > 1 else ''} each" if device.type == "cpu" else ""
+    text = f"{processes} process{'es' if processes > 1 else ''} on {where}{each}"
+    return {"device": where, "processes": processes, "text": text}
+
+
+def _origin(model: nn.Module, datasets: Sequence[Any], card: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the model and the data come from: as far as they tell themselves, and without paths of this machine."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = card.get("finetuned_from") or getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    found = {
+        "finetuned_from": Path(base).name if base and os.path.isdir(base) else base,
+        "license": card.get("license") or _license_of(base),
+        "dataset_tags": card.get("dataset_tags") or dataset_repositories(*datasets),
+    }
+    return {name: value for name, value in found.items() if value}

@@ -10,10 +10,11 @@ states are read with torch's `weights_only`, random streams are JSON.
 import base64
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .population import Population
+
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "population.json"
 FORMAT = 1
@@ -57,6 +62,75 @@ def file_record(path: Path) -> dict[str, Any]:
 def file_records(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """[`file_record`] of each file, by its path inside `folder`."""
     return {path.relative_to(folder).as_posix(): file_record(path) for path in sorted(files)}
+
+
+def write(
+    population: Population,
+    folder: Path,
+    *,
+    node: int,
+    leads: bool,
+    write_soup: Callable[[Path], dict[str, torch.Tensor]],
+    member_part: Callable[[int, int, nn.Module], tuple[dict[str, torch.Tensor], Mapping[str, Any] | None, Any]],
+    describe: Callable[[], dict[str, Any]],
+) -> None:
+    """
+    *Collective.* Write a whole population checkpoint, or none.
+
+    Args:
+        population ([`Population`]): The members.
+        folder (`Path`): The checkpoint's name.
+        node (`int`): The machine whose folder this process writes to.
+        leads (`bool`): Whether this process writes what is not a member's; one does for each folder.
+        write_soup (`Callable`): Writes that into the staged checkpoint; returns what all members share, by name.
+        member_part (`Callable`): From a member's place in this process, its index and the member: its tensors and, to
+            resume from, its part of the training's state and its random streams; else `None` twice.
+        describe (`Callable`): Returns the manifest, without members and files.
+
+    Raises:
+        RuntimeError: on every process, if anything failed on any. Nothing is left of it.
+    """
+    staging, what = staging_folder(folder), f"Writing `{folder}`"
+
+    def clean_up() -> None:
+        if leads:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def begin() -> None:
+        if leads:
+            clean_up()
+            staging.mkdir(parents=True)
+
+    def write_parts() -> tuple[int, list[int], dict]:
+        records = {}
+        if leads:
+            shared = write_soup(staging)
+            if shared:
+                save_file(shared, staging / FROZEN, metadata={"format": "pt"})
+            # Other processes write their members meanwhile.
+            own = [path for path in staging.rglob("*") if path.is_file() and not _is_of_a_member(path, staging)]
+            records |= file_records(staging, own)
+        for slot, (index, member) in enumerate(population):
+            files = write_member(staging / f"member_{index}", *member_part(slot, index, member))
+            records |= file_records(staging, files)
+        return node, list(population.indices), records
+
+    population.do_together(what, begin, clean_up)
+    written = population.do_together(what, write_parts, clean_up)
+    here = [(members, records) for where, members, records in written if where == node]
+
+    def appear() -> None:
+        if leads:
+            manifest = describe()
+            manifest["members"] = sorted(index for members, _ in here for index in members)
+            manifest["files"] = {name: record for _, records in here for name, record in sorted(records.items())}
+            publish(staging, folder, manifest)
+
+    population.do_together(what, appear, clean_up)
+
+
+def _is_of_a_member(path: Path, staging: Path) -> bool:
+    return path.relative_to(staging).parts[0].startswith("member_")
 
 
 def publish(staging: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -201,6 +275,68 @@ def newest_complete(run_folder: str | Path) -> tuple[Path | None, list[tuple[Pat
         except InvalidCheckpoint as error:
             skipped.append((path, str(error)))
     return None, skipped
+
+
+def resolve(
+    population: Population, run_folder: str | Path, requested: str | Path | bool, leads: bool
+) -> tuple[str, dict[str, Any]] | None:
+    """
+    *Collective.* Find the checkpoint to resume from, and check it.
+
+    Args:
+        population ([`Population`]): The members.
+        run_folder (`str` or `Path`): The run's output folder.
+        requested (`str`, `Path` or `bool`): A checkpoint; `True` for the newest whole one of the run; `"auto"` for the
+            same, or a fresh start if there is none.
+        leads (`bool`): Whether this process looks at the files; one does for each folder.
+
+    Returns:
+        `tuple[str, dict]`: The checkpoint and its manifest, the same on every process; `None` for a fresh start.
+
+    Raises:
+        ValueError: on every process, if there is none, or what was asked for is not whole.
+    """
+    search = requested is True or requested == "auto"
+
+    def look() -> tuple[str | None, list[str]]:
+        if not leads:
+            return None, []
+        if not search:
+            verify(str(requested))
+            return Path(str(requested)).name, []
+        found, skipped = newest_complete(run_folder)
+        return found.name if found else None, [reason for _, reason in skipped]
+
+    outcomes = _checked(population, look)
+    name, skipped = outcomes[0]
+    if any(other not in (None, name) for other, _ in outcomes):
+        raise ValueError(
+            f"The machines hold different newest checkpoints ({', '.join(str(other) for other, _ in outcomes)}): "
+            "remove what is not on all of them."
+        )
+    for reason in skipped if population.rank == 0 else ():
+        logger.warning(f"A checkpoint is skipped: {reason}.")
+    if name is None:
+        if requested == "auto":
+            logger.info(f"No complete checkpoint in `{run_folder}`: starting afresh.")
+            return None
+        raise ValueError(f"No complete checkpoint was found in `{run_folder}`.")
+    folder = os.path.join(run_folder, name) if search else str(requested)
+    return folder, _checked(population, lambda: read_manifest(folder))[population.rank]
+
+
+def _checked(population: Population, work: Callable[[], Any]) -> list:
+    """*Collective.* As `do_together`, for what the user got wrong: a `ValueError`, the same on every process."""
+    result, problem = None, None
+    try:
+        result = work()
+    except (InvalidCheckpoint, OSError) as error:
+        problem = str(error)
+    outcomes = population.gather_processes((result, problem))
+    problem = next((text for _, text in outcomes if text is not None), None)
+    if problem is not None:
+        raise ValueError(f"Cannot resume: {problem}.")
+    return [value for value, _ in outcomes]
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -7,7 +7,8 @@ Knows torch and NumPy; it does not know how members are trained, mixed or evalua
 import contextlib
 import copy
 import random
-from collections.abc import Collection, ItemsView, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, ItemsView, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,6 +151,33 @@ class Population:
         parts: list = [None] * self.world_size
         dist.all_gather_object(parts, value)
         return parts
+
+    def do_together(self, what: str, work: Callable[[], Any], clean_up: Callable[[], None] = lambda: None) -> list:
+        """
+        *Collective.* Do what may fail on one process alone, so that no other one waits for it.
+
+        Args:
+            what (`str`): What is done, for the message.
+            work (`Callable`): What this process has to do.
+            clean_up (`Callable`, *optional*): Called before the error is raised.
+
+        Returns:
+            `list`: What each process's `work` returned, in the order of their ranks. Small: it is pickled.
+
+        Raises:
+            RuntimeError: on every process, if it failed on any, with that process's reason.
+        """
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as caught:  # whatever it was, the others must hear of it instead of waiting
+            error = caught
+        outcomes = self.gather_processes((result, f"{type(error).__name__}: {error}" if error else None))
+        failures = [f"process {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
+        if failures:
+            clean_up()
+            raise RuntimeError(f"{what} failed ({'; '.join(failures)}).") from error
+        return [value for value, _ in outcomes]
 
     def broadcast(self, value, source: int = 0):
         """*Collective.* Process `source`'s `value` (a small object), on every process."""

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import math
 import os
-import shutil
 import signal
 import threading
 import time
@@ -1203,20 +1202,6 @@ class WashTrainer(Trainer):
 
     # ---- Checkpoints ---------------------------------------------------------------------------------------------
 
-    def _together(self, what: str, work: Callable[[], Any], clean_up: Callable[[], None] = lambda: None) -> list:
-        """*Collective.* `work()` of every process; where it fails on one, all stop with that process's reason."""
-        result, error = None, None
-        try:
-            result = work()
-        except Exception as caught:  # whatever it was, the others must hear of it instead of waiting
-            error = caught
-        outcomes = self.population.gather_processes((result, f"{type(error).__name__}: {error}" if error else None))
-        failures = [f"process {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
-        if failures:
-            clean_up()
-            raise RuntimeError(f"{what} failed ({'; '.join(failures)}).") from error
-        return [value for value, _ in outcomes]
-
     def _node(self) -> int:
         """The machine whose folder this process writes to; one for all without `save_on_each_node`."""
         if not self.args.save_on_each_node:
@@ -1237,7 +1222,7 @@ class WashTrainer(Trainer):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch()
 
-        self._together(f"Writing to `{self.args.output_dir}`", write)
+        self.population.do_together(f"Writing to `{self.args.output_dir}`", write)
         blind = [rank for rank, seen in enumerate(self.population.gather_processes(path.exists())) if not seen]
         if probe is not None:
             path.unlink(missing_ok=True)
@@ -1272,55 +1257,26 @@ class WashTrainer(Trainer):
             )
 
     def _write_checkpoint(self, folder: Path) -> None:
-        args, staging = self.args, checkpoints.staging_folder(folder)
-        what = f"Writing `{folder}`"
+        def write_soup(staging: Path) -> dict[str, torch.Tensor]:
+            self._save(str(staging))
+            self._state_with_callbacks().save_to_json(str(staging / "trainer_state.json"))
+            return self._shared_frozen(self.population.members[0])
 
-        def clean_up() -> None:
-            if args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
+        def member_part(slot: int, index: int, member: nn.Module) -> tuple:
+            weights = checkpoints.own_tensors(member, self._shared_frozen(member))
+            if self.args.save_only_model:
+                return weights, None, None
+            return weights, *self._training_state(slot, index, member)
 
-        def begin() -> None:
-            if args.should_save:
-                clean_up()
-                staging.mkdir(parents=True)
-
-        def write() -> tuple[int, list[int], dict]:
-            records = {}
-            if args.should_save:
-                self._save(str(staging))
-                self._state_with_callbacks().save_to_json(str(staging / "trainer_state.json"))
-                shared = self._shared_frozen(self.population.members[0])
-                if shared:
-                    checkpoints.save_file(shared, staging / checkpoints.FROZEN, metadata={"format": "pt"})
-                own = [
-                    path for path in staging.rglob("*") if path.is_file() and not self._in_member_folder(path, staging)
-                ]
-                records |= checkpoints.file_records(staging, own)
-            for slot, (index, member) in enumerate(self.population):
-                weights = checkpoints.own_tensors(member, self._shared_frozen(member))
-                training = streams = None
-                if not args.save_only_model:
-                    training, streams = self._training_state(slot, index, member)
-                files = checkpoints.write_member(staging / f"member_{index}", weights, training, streams)
-                records |= checkpoints.file_records(staging, files)
-            return self._node(), list(self.population.indices), records
-
-        self._together(what, begin, clean_up)
-        written = self._together(what, write, clean_up)
-        here = [(members, records) for node, members, records in written if node == self._node()]
-
-        def publish() -> None:
-            if args.should_save:
-                manifest = self._manifest()
-                manifest["members"] = sorted(index for members, _ in here for index in members)
-                manifest["files"] = {name: record for _, records in here for name, record in sorted(records.items())}
-                checkpoints.publish(staging, folder, manifest)
-
-        self._together(what, publish, clean_up)
-
-    @staticmethod
-    def _in_member_folder(path: Path, staging: Path) -> bool:
-        return path.relative_to(staging).parts[0].startswith("member_")
+        checkpoints.write(
+            self.population,
+            folder,
+            node=self._node(),
+            leads=self.args.should_save,
+            write_soup=write_soup,
+            member_part=member_part,
+            describe=self._manifest,
+        )
 
     def _shared_frozen(self, member: nn.Module) -> dict[str, torch.Tensor]:
         """What all members share, written once: the frozen parameters, where all members started alike."""
@@ -1372,50 +1328,14 @@ class WashTrainer(Trainer):
         self._resume = None
         if not requested:
             return None
-        search = requested is True or requested == "auto"
-
-        def look() -> tuple[str | None, list[str]]:
-            if not self.args.should_save:
-                return None, []
-            if not search:
-                checkpoints.verify(requested)
-                return Path(requested).name, []
-            found, skipped = checkpoints.newest_complete(self.args.output_dir)
-            return found.name if found else None, [reason for _, reason in skipped]
-
-        outcomes = self._checked(look)
-        name, skipped = outcomes[0]
-        if any(other not in (None, name) for other, _ in outcomes):
-            raise ValueError(
-                f"The machines hold different newest checkpoints ({', '.join(str(other) for other, _ in outcomes)}): "
-                "remove what is not on all of them."
-            )
-        for reason in skipped if self.is_world_process_zero() else ():
-            logger.warning(f"A checkpoint is skipped: {reason}.")
-        if name is None:
-            if requested == "auto":
-                logger.info(f"No complete checkpoint in `{self.args.output_dir}`: starting afresh.")
-                return None
-            raise ValueError(f"No complete checkpoint was found in `{self.args.output_dir}`.")
-        folder = os.path.join(self.args.output_dir, name) if search else str(requested)
-        manifest = self._checked(lambda: checkpoints.read_manifest(folder))[self.population.rank]
+        found = checkpoints.resolve(self.population, self.args.output_dir, requested, leads=self.args.should_save)
+        if found is None:
+            return None
+        folder, manifest = found
         self._adopt(manifest, folder)
         logger.info(f"Resuming from `{folder}`.")
         self._resume = {"folder": folder, "manifest": manifest, "streams": []}
         return folder
-
-    def _checked(self, work: Callable[[], Any]) -> list:
-        """*Collective.* Like [`_together`], for what the user got wrong: a `ValueError`, the same on every process."""
-        result, problem = None, None
-        try:
-            result = work()
-        except (checkpoints.InvalidCheckpoint, OSError) as error:
-            problem = str(error)
-        outcomes = self.population.gather_processes((result, problem))
-        problem = next((text for _, text in outcomes if text is not None), None)
-        if problem is not None:
-            raise ValueError(f"Cannot resume: {problem}.")
-        return [value for value, _ in outcomes]
 
     def _adopt(self, manifest: dict[str, Any], folder: str) -> None:
         """Check that a checkpoint belongs to this run; take over its population size where none was asked for."""

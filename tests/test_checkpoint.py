@@ -105,7 +105,7 @@ def test_damage_is_named_and_skipped_for_the_checkpoint_before(copied, damage):
 
 def test_a_damaged_checkpoint_does_not_change_the_result(copied, run_folder, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_wash.trainer.logger.warning", said.append)
+    monkeypatch.setattr("hf_wash.checkpoint.logger.warning", said.append)
     truncate(copied / "checkpoint-8")
     trainer = resume(copied)
     assert any("checkpoint-8" in text and "skipped" in text for text in said)

@@ -10,6 +10,7 @@ soup is the model to ship.
 """
 
 import argparse
+import os
 
 import numpy as np
 import torch
@@ -50,6 +51,9 @@ def main():
     args = parser.parse_args()
 
     accelerator = Accelerator()
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        # torchrun alone does not tell accelerate (1.15) that processes without a GPU belong together.
+        parser.error("accelerate does not see the other processes; on CPUs set ACCELERATE_USE_CPU=1.")
     images, labels = load_digits(return_X_y=True)
     images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     labels = torch.tensor(labels)

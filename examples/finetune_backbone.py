@@ -540,7 +540,6 @@ def main() -> None:
         export_model(trainer.model, merged, processing_class=recipe.processor, merge_adapter=True)
     card: dict[str, Any] = {
         "tasks": "image-classification",
-        "tags": ["wash", "model-soup"],
         "dataset": data.name,
         "dataset_tags": data.hub_id,
         "finetuned_from": recipe.finetuned_from,

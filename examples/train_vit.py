@@ -681,7 +681,6 @@ def main() -> None:
     trainer.save_state()
     card: dict[str, Any] = {
         "tasks": "image-classification",
-        "tags": ["wash", "model-soup"],
         "dataset": data.name,
         "dataset_tags": data.hub_id,
         "finetuned_from": recipe.finetuned_from,

@@ -217,6 +217,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         InvalidCheckpoint: if there is none, or it cannot be read.
     """
     path = Path(folder) / MANIFEST
+    if not path.parent.is_dir():
+        raise InvalidCheckpoint(f"there is no folder `{folder}`")
     if not path.is_file():
         raise InvalidCheckpoint(f"`{folder}` has no {MANIFEST}: it is not a whole population checkpoint")
     try:

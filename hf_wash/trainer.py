@@ -11,6 +11,7 @@ import contextlib
 import copy
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -59,6 +60,7 @@ from .diagnostics import ConsensusSample, squared_distance
 from .hub import export_model
 from .hub.card import WashCard
 from .hub.describe import describe_run
+from .hub.export import folder_problem
 from .hub.push import (
     PushError,
     create_repository,
@@ -79,6 +81,8 @@ logger = logging.get_logger(__name__)
 
 MEMBERS_FOLDER = "_members"
 DEFAULT_POPULATION_SIZE = 4
+# Above it members are hardly members any more: half of a first layer would change hands at each step.
+LARGEST_SENSIBLE_PROBABILITY = 0.5
 # Seeds of what is drawn outside of the members' streams: far from those of members, `seed + k`.
 RECALIBRATION_SEED_OFFSET, HOLDOUT_SEED_OFFSET = 1_000_003, 1_000_033
 
@@ -276,6 +280,9 @@ class WashTrainer(Trainer):
         if not isinstance(args, WashConfig):
             found = "`TrainingArguments`" if isinstance(args, TrainingArguments) else f"`{type(args).__name__}`"
             raise ValueError(f"`args` must be a `WashConfig`, found {found}.")
+        problem = _folder_problem(Path(args.output_dir), make=args.should_save)
+        if problem is not None:
+            raise ValueError(f"`output_dir` ({args.output_dir}) {problem}.")
         if args.deepspeed:
             raise ValueError("DeepSpeed is not supported yet: remove `deepspeed`.")
         if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -524,6 +531,7 @@ class WashTrainer(Trainer):
                 population.
         """
         self._check_data()
+        self._check_export_folder()
         resume_from_checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
         self._check_output_folder()
         self._trainings += 1
@@ -598,8 +606,8 @@ class WashTrainer(Trainer):
             needed = ENOUGH_SHUFFLES / mixing_steps if mixing_steps else math.inf
             advice = (
                 f"`shuffle_probability={needed:.2g}` would reach it"
-                if needed <= 1
-                else "no probability reaches it in a run this short; train longer"
+                if needed <= LARGEST_SENSIBLE_PROBABILITY
+                else f"this run is too short for it, even at {LARGEST_SENSIBLE_PROBABILITY}; train longer"
             )
             logger.warning(
                 f"A first-layer weight will be shuffled about {expected:.1f} times in this run of {steps} steps "
@@ -1195,6 +1203,12 @@ class WashTrainer(Trainer):
             output_dir (`str`, *optional*): Defaults to the configuration's.
         """
         folder = os.path.join(output_dir if output_dir is not None else self.args.output_dir, MEMBERS_FOLDER)
+        if self.args.should_save:
+            # An earlier run's would be taken for members of this one.
+            for path in Path(folder).glob("member_*"):
+                if path.name not in {f"member_{index}" for index in range(self.population.size)}:
+                    logger.warning(f"`{path}` is removed: it is not of this population.")
+                    shutil.rmtree(path)
         with self.population.streams.use(None):
             for index, member in self.population:
                 self._export(member, os.path.join(folder, f"member_{index}"))
@@ -1207,6 +1221,14 @@ class WashTrainer(Trainer):
         if not self.args.save_on_each_node:
             return 0
         return self.args.process_index // int(os.environ.get("LOCAL_WORLD_SIZE", self.args.world_size))
+
+    def _check_export_folder(self) -> None:
+        """*Collective.* Find out before training, not at its end, that the soup cannot be written where it should go."""
+        member, folder = unwrap_model(self.population.members[0]), self.args.output_dir
+        problem = folder_problem(member, folder) if self.args.should_save else None
+        for found in self.population.gather_processes(problem):
+            if found is not None:
+                raise ValueError(found)
 
     def _check_output_folder(self) -> None:
         """*Collective.* Find out before training, not at the first save, whether all processes see the folder."""
@@ -1326,6 +1348,8 @@ class WashTrainer(Trainer):
     def _resolve_checkpoint(self, requested) -> str | None:
         """*Collective.* The folder to resume from, checked, the same on every process; `None` for a fresh start."""
         self._resume = None
+        if str(requested).lower() in ("true", "false") and not os.path.isdir(str(requested)):
+            requested = str(requested).lower() == "true"  # as a command line gives it
         if not requested:
             return None
         found = checkpoints.resolve(self.population, self.args.output_dir, requested, leads=self.args.should_save)
@@ -1651,6 +1675,18 @@ class WashTrainer(Trainer):
     def _is_for_resuming(name: str) -> bool:
         """Whether a file of a checkpoint serves to resume from it, not to use its model."""
         return name.startswith("member_") or name in (checkpoints.MANIFEST, checkpoints.FROZEN, "trainer_state.json")
+
+
+def _folder_problem(folder: Path, make: bool) -> str | None:
+    """Why nothing could be written to a folder, as the rest of a sentence; makes it if asked to."""
+    if folder.exists() and not folder.is_dir():
+        return "is a file"
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"cannot be made ({error.strerror or error})"
+    return None if not make or os.access(folder, os.W_OK) else "cannot be written to"
 
 
 def _as_architecture(listing: list) -> list[tuple]:

@@ -151,3 +151,17 @@ def test_a_run_of_adapters_is_resumed_bit_for_bit_and_its_checkpoint_holds_one_b
     assert torch.equal(
         logits(load_model(saved)), logits(PeftModel.from_pretrained(vit().from_pretrained(backbone), saved))
     )
+
+
+def test_an_adapter_is_not_trained_into_the_folder_of_a_complete_model_nor_the_other_way_round(backbone, tmp_path):
+    started(lambda: vit(hidden_dropout_prob=0.0)).save_pretrained(tmp_path)
+    trainer = population(tmp_path, backbone)
+    with pytest.raises(ValueError, match="holds a complete model, which loaders would take"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    (tmp_path / "model.safetensors").unlink()
+    adapted(backbone).save_pretrained(tmp_path)
+    whole = WashTrainer(started(), WashConfig(**options(tmp_path, eval_strategy="no")), train_dataset=TRAIN)
+    with pytest.raises(ValueError, match="holds an adapter"):
+        whole.train()
+    assert whole.state.global_step == 0

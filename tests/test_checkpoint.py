@@ -112,6 +112,16 @@ def test_a_damaged_checkpoint_does_not_change_the_result(copied, run_folder, mon
     assert digest(trainer.model) == (run_folder / "soup.txt").read_text()
 
 
+def test_a_command_line_may_say_true(copied, run_folder):
+    trainer = resume(copied, "True")
+    assert digest(trainer.model) == (run_folder / "soup.txt").read_text()
+
+
+def test_a_folder_that_is_not_there_is_named_as_such(tmp_path):
+    with pytest.raises(ValueError, match=r"Cannot resume: there is no folder `.*nowhere`"):
+        resume(tmp_path, str(tmp_path / "nowhere"))
+
+
 def test_auto_starts_afresh_where_there_is_nothing(tmp_path):
     trainer = resume(tmp_path / "new", eval_strategy="no")
     assert trainer.state.global_step == 12

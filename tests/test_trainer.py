@@ -83,6 +83,17 @@ def test_saved_soup_and_members_load_by_themselves(trained, tmp_path):
         assert digest(loaded) == digest(member)
 
 
+def test_members_of_an_earlier_and_larger_run_do_not_stay_among_those_of_this_one(trained, tmp_path):
+    stale = tmp_path / "_members" / f"member_{trained.population.size}"
+    other = tmp_path / "_members" / "notes"
+    for folder in (stale, other):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+    trained.save_members(str(tmp_path))
+    assert not stale.exists() and other.exists()
+    assert len(list((tmp_path / "_members").glob("member_*"))) == trained.population.size
+
+
 def test_a_soup_saved_while_training_is_a_soup(tmp_path):
     trainer = population(tmp_path, size=2, save_strategy="steps", save_steps=6)
     trainer.train()

@@ -53,6 +53,16 @@ def test_a_setting_that_does_not_go_with_a_population(tmp_path, settings, said):
         WashTrainer(started(), args, train_dataset=TRAIN)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_output_folder_that_is_a_file(tmp_path, inside):
+    file = tmp_path / "notes.txt"
+    file.write_text("keep me")
+    args = WashConfig(**options(file / "run" if inside else file))
+    with pytest.raises(ValueError, match="`output_dir` .*cannot be made" if inside else "`output_dir` .* is a file"):
+        WashTrainer(started(), args, train_dataset=TRAIN)
+    assert file.read_text() == "keep me"
+
+
 def test_plain_training_arguments(tmp_path):
     with pytest.raises(ValueError, match="must be a `WashConfig`, found `TrainingArguments`"):
         WashTrainer(started(), TrainingArguments(**options(tmp_path, eval_strategy="no")), train_dataset=TRAIN)

@@ -386,6 +386,28 @@ class WashCard:
             text += "They exchanged nothing while training. "
         return text + "It costs as much to run as one of them."
 
+    @property
+    def caution(self) -> str | None:
+        """What is to be said where averaging has gone wrong."""
+        soup, members = self.metrics.get("eval_accuracy"), self.metrics.get("eval_members_accuracy_mean")
+        if soup is None or members is None or soup > members - 0.02:
+            return None
+        mixed = "exchanged nothing while training" if self.method == "independent" else "did not stay close enough"
+        return (
+            f"**The soup is {100 * (members - soup):.1f} points behind the mean of its members**, which {mixed}: their "
+            "weights cannot be averaged without a loss. A member, or the ensemble, is the better model."
+        )
+
+    @property
+    def where_it_runs(self) -> str:
+        base = self.adapter_base
+        if self.library == "peft" and base and not hub_ids(base) and not Path(base).is_absolute():
+            return (
+                f"These lines run where the backbone is found as `{base}`, with the path of this card's folder in place "
+                "of `.`."
+            )
+        return "These lines run in the folder of this card."
+
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """The table of results: its columns, and a row for each member, their mean, the ensemble and the soup."""
         names = self._metric_names

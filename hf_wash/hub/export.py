@@ -108,7 +108,9 @@ def export_model(
         )
     if check and example is None:
         _example_for(model, kind)
-    _refuse_folder(folder, kind)
+    problem = folder_problem(model, folder)
+    if problem is not None:
+        raise ValueError(problem)
 
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "timm":
@@ -440,14 +442,34 @@ def _timm_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _refuse_folder(folder: Path, kind: str) -> None:
+# What makes loaders take a folder for a complete model.
+_COMPLETE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
+def folder_problem(model: nn.Module, folder: str | Path) -> str | None:
+    """
+    Why a model cannot be exported to a folder, in a sentence; `None` if it can.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model.
+        folder (`str` or `Path`):
+            The folder, which need not exist.
+    """
+    folder, kind = Path(folder), _kind(model)
     if folder.is_file():
-        raise ValueError(f"{folder} is a file; a model is exported to a folder.")
+        return f"{folder} is a file; a model is exported to a folder."
     if kind != "peft" and (folder / ADAPTER_CONFIG).exists():
-        raise ValueError(
+        return (
             f"{folder} holds an adapter, which transformers would put on top of any complete model written there: "
             "export to another folder."
         )
+    if kind == "peft" and any((folder / name).exists() for name in _COMPLETE):
+        return (
+            f"{folder} holds a complete model, which loaders would take in place of an adapter written there: export to "
+            "another folder."
+        )
+    return None
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

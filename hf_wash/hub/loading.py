@@ -94,7 +94,7 @@ def load_members(
         return [load_model(members[index]) for index in sorted(members)]
     raise ValueError(
         f"{folder_or_repo} holds no members: expected members/member_0 or _members/member_0 in it. "
-        "A repository has them if it was pushed with `push_members=True`."
+        "A run's folder has them after `trainer.save_members()`, a repository if it was pushed with `push_members=True`."
     )
 
 

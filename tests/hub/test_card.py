@@ -70,6 +70,35 @@ def test_the_table_has_members_their_mean_the_ensemble_and_the_soup(vit_run):
     assert "| **soup** |" in (vit_run / "README.md").read_text()
 
 
+def test_a_soup_that_failed_is_not_praised_and_one_that_was_not_shuffled_is_not_called_wash(vit_run):
+    metrics = {"eval_accuracy": 0.10, "eval_members_accuracy_mean": 0.97}
+    card = WashCard.from_folder(vit_run, metrics=metrics, pictures=False)
+    assert "**The soup is 87.0 points behind the mean of its members**" in card.render()
+    card.record["mixing"]["method"] = "independent"
+    text = card.render()
+    assert "exchanged nothing while training" in text and "Citation" not in text
+    assert "wash" not in card.metadata()["tags"]
+    card.metrics = {"eval_accuracy": 0.965, "eval_members_accuracy_mean": 0.97}
+    assert "points behind" not in card.render()
+
+
+def test_the_table_of_ingredients_is_one_table(vit_run):
+    card = WashCard.from_folder(vit_run, pictures=False)
+    card.record["soup"] = {"method": "greedy", "ingredients": ["a", "b"], "scores": [0.5, 0.25], "chosen": [0]}
+    table = [
+        *("| | model | held-out accuracy | in the soup |", "|---:|---|---:|---|"),
+        *("| 0 | a | 50.00% | yes |", "| 1 | b | 25.00% | no |"),
+    ]
+    assert "\n".join(table) in card.render()
+
+
+def test_an_adapter_on_a_local_backbone_says_where_its_lines_run(vit_run):
+    card = WashCard.from_folder(vit_run, pictures=False)
+    assert "These lines run in the folder of this card." in card.render()
+    card.library, card.adapter_base = "peft", "outputs/finetune/backbone"
+    assert "These lines run where the backbone is found as `outputs/finetune/backbone`" in card.render()
+
+
 def test_the_recipe_names_what_made_the_run(vit_run):
     text = (vit_run / "README.md").read_text()
     for expected in (

@@ -21,7 +21,7 @@ FAULTS = {
     "too large": ("413", "too large"),
     # Large files go up side by side, so that any of them may be the one that is cut first.
     "cut": (
-        r"uploading '(model\.safetensors|pictures/\w+\.png)'",
+        r"uploading '(model\.safetensors|training_args\.bin|pictures/\w+\.png)'",
         "isconnect|closed|reset|Broken pipe|ReadError|WriteError",
     ),
 }

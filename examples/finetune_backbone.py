@@ -563,6 +563,8 @@ def main() -> None:
         print(f"\nThe soup is saved in {config.output_dir}. To use it:\n\n{use}")
         if backbone_arguments.merge:
             print(f"Merged into the backbone it is in {merged}:\n\n{how_to_use(merged)}")
+    # A process group that is left to the interpreter's end may abort the process there (gloo in torch 2.15).
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

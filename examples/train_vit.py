@@ -697,6 +697,8 @@ def main() -> None:
             "  from transformers import pipeline\n"
             f'  pipeline("image-classification", model="{config.output_dir}")("your_image.png")\n'
         )
+    # A process group that is left to the interpreter's end may abort the process there (gloo in torch 2.15).
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -280,7 +280,7 @@ class WashTrainer(Trainer):
         if not isinstance(args, WashConfig):
             found = "`TrainingArguments`" if isinstance(args, TrainingArguments) else f"`{type(args).__name__}`"
             raise ValueError(f"`args` must be a `WashConfig`, found {found}.")
-        problem = _folder_problem(Path(args.output_dir), make=args.should_save)
+        problem = _folder_problem(Path(args.output_dir)) if args.should_save else None
         if problem is not None:
             raise ValueError(f"`output_dir` ({args.output_dir}) {problem}.")
         if args.deepspeed:
@@ -1677,16 +1677,14 @@ class WashTrainer(Trainer):
         return name.startswith("member_") or name in (checkpoints.MANIFEST, checkpoints.FROZEN, "trainer_state.json")
 
 
-def _folder_problem(folder: Path, make: bool) -> str | None:
-    """Why nothing could be written to a folder, as the rest of a sentence; makes it if asked to."""
-    if folder.exists() and not folder.is_dir():
-        return "is a file"
-    try:
-        if make:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return f"cannot be made ({error.strerror or error})"
-    return None if not make or os.access(folder, os.W_OK) else "cannot be written to"
+def _folder_problem(folder: Path) -> str | None:
+    """Why nothing could be written to a folder, as the rest of a sentence. Makes nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        return "is a file" if there == folder else f"cannot be made: `{there}` is a file"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return "cannot be written to" if there == folder else f"cannot be made: `{there}` cannot be written to"
+    return None
 
 
 def _as_architecture(listing: list) -> list[tuple]:

@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -23,6 +24,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+# Its functions have the group of the moment in which it is imported as a default, and would keep that alive: see `Wire`.
+# torch (2.15) imports it with the first optimizer, which is mostly too late.
+import torch.distributed.nn.functional
+
 from .memory import BITS, Selection, Views, storage_offsets
 from .plan import Plan
 
@@ -30,6 +35,10 @@ from .plan import Plan
 # The words of a header, int64: digest of the plan, step, flags; then one bit for each member of the process, set if it
 # gives a value that is not finite.
 DIGEST, STEP, FLAGS, BAD = range(4)
+
+# The bits of a header's flags: a stop is asked for; the optimizer's state is not what was announced; some of what is to
+# be carried of it is missing.
+STOP, STATE_CHANGED, MISSING = 1, 2, 4
 
 # From so many on, indices are kept in 32 bits.
 _MANY = 2**18
@@ -169,6 +178,9 @@ class Wire:
     process (torch 2.15), and processes whose plans differ are to find out by the header. What is sent is exactly the
     headers and the values.
 
+    It does not keep the group alive: one that outlives `destroy_process_group` runs its threads until the interpreter
+    ends, and then may abort the process (gloo in torch 2.15, when a thread frees the last collective's tensors).
+
     Args:
         group (`torch.distributed.ProcessGroup`):
             The processes.
@@ -177,12 +189,20 @@ class Wire:
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
-        self.group = group
+        self._group = weakref.ref(group)
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.device = device
         self.on_host = device.type == "cpu"
         self.roomy = self.on_host and "gloo" in str(dist.get_backend(group))
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The processes; a `RuntimeError` once their group has been destroyed."""
+        group = self._group()
+        if group is None:
+            raise RuntimeError("The process group of this population has been destroyed; its members cannot be mixed.")
+        return group
 
     def exchange(
         self, received: torch.Tensor, sent: torch.Tensor, receive_sizes: list[int], send_sizes: list[int]
@@ -279,6 +299,7 @@ class HostShipment:
         self.views = tuple(views)
         self.volumes = [_volume(view, path) for view, path in zip(views, paths, strict=True)]
         self._wire = wire
+        self._paths = list(paths)
         self._touched = _touched(views, paths)
         # For each plane: places in the space, and the values that are read there, and written there.
         self._reads: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in views]
@@ -332,13 +353,13 @@ class HostShipment:
         Returns:
             `numpy.ndarray`: The header, with the bits set of the members of whose values one is NaN or infinite.
         """
-        for view, reads in zip(self.views, self._reads, strict=True):
+        for view, path, reads in zip(self.views, self._paths, self._reads, strict=True):
             for places, values in reads:
                 # Any mode but "raise" lets NumPy write into `out`; no place is out of range.
                 view.space.take(places, out=values, mode="clip")
                 finite = _are_finite(values, view.plane.dtype)
                 if np.count_nonzero(finite) < len(finite):
-                    for member in view.members_at(places[~finite]).tolist():
+                    for member in view.members_at(places[~finite], path.offsets, path.counts).tolist():
                         header[BAD + member // 64] |= np.int64(np.uint64(1 << member % 64).view(np.int64))
         return header
 
@@ -368,7 +389,7 @@ class HostShipment:
     def keep_only(self, num_planes: int) -> None:
         """Leaves all but the first planes as they are."""
         self.views, self.volumes = self.views[:num_planes], self.volumes[:num_planes]
-        self._writes = self._writes[:num_planes]
+        self._paths, self._writes = self._paths[:num_planes], self._writes[:num_planes]
 
     def scatter(self) -> None:
         """Writes what has arrived to where as much was gathered."""
@@ -464,24 +485,29 @@ class DeviceShipment:
         self._values, self._uploaded = self._values[:num_planes], self._uploaded[:num_planes]
 
     def scatter(self, headers: torch.Tensor | None = None) -> None:
-        """As [`HostShipment.scatter`]; with headers, on the device, nothing is written if they do not allow it."""
-        fine = None
+        """
+        As [`HostShipment.scatter`]. With headers, on the device, nothing is written if they do not allow it, and
+        nothing of the optimizer's state if some of it is missing anywhere.
+        """
+        fine: dict[int, torch.Tensor] = {}
         loads = zip(self.views, self._paths, self._uploaded, self._values, self._arrived, strict=True)
         for view, path, uploaded, values, arrived in loads:
+            withheld = 0 if view.plane.slot is None else MISSING
             # With one process the values still have the order of the places that they were read from.
             order = uploaded.get("leaving") if self._wire is None else None
             if "places" in uploaded:
                 landing = uploaded.get("landing", uploaded["places"])
-                kernels(view.device).scatter(landing, order, arrived, headers, BAD)
+                kernels(view.device).scatter(landing, order, arrived, headers, FLAGS, withheld, BAD)
                 continue
             if order is not None:
                 arrived = arrived.index_select(0, order)
             elif "landing" in uploaded:
                 arrived = torch.empty_like(arrived).index_copy_(0, uploaded["landing"], arrived)
             if headers is not None:
-                if fine is None:
-                    fine = (headers[:, DIGEST] == headers[0, DIGEST]).all() & (headers[:, BAD:] == 0).all()
-                arrived = torch.where(fine, arrived, values)
+                if withheld not in fine:
+                    same, allowed = headers[:, DIGEST] == headers[0, DIGEST], headers[:, FLAGS] & withheld == 0
+                    fine[withheld] = same.all() & allowed.all() & (headers[:, BAD:] == 0).all()
+                arrived = torch.where(fine[withheld], arrived, values)
             for storage, offsets, piece in _pieces(view, path, uploaded["offsets"], arrived):
                 storage.index_copy_(0, offsets, piece)
 

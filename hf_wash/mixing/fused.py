@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .memory import BITS
+
 
 _BLOCK = 512
 
@@ -49,6 +51,8 @@ def _scatter_kernel(
     ORDERED: tl.constexpr,
     HEADERS: tl.constexpr,
     WORDS: tl.constexpr,
+    FLAGS: tl.constexpr,
+    WITHHELD: tl.constexpr,
     BAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -57,6 +61,7 @@ def _scatter_kernel(
         digest = tl.load(headers)
         for process in range(HEADERS):
             count = tl.where(tl.load(headers + process * WORDS) == digest, count, 0)
+            count = tl.where((tl.load(headers + process * WORDS + FLAGS) & WITHHELD) == 0, count, 0)
             for word in range(BAD, WORDS):
                 count = tl.where(tl.load(headers + process * WORDS + word) == 0, count, 0)
     inside = numbers < count
@@ -105,6 +110,8 @@ def scatter(
     order: torch.Tensor | None,
     values: torch.Tensor,
     headers: torch.Tensor | None,
+    flags_word: int,
+    withheld: int,
     first_bad_word: int,
 ) -> None:
     """
@@ -118,9 +125,9 @@ def scatter(
         values (`torch.Tensor`):
             The bits, integers of shape `(num_values,)`.
         headers (`torch.Tensor`, *optional*):
-            int64 of shape `(num_processes, header_words)`. Nothing is written if their first words differ, or if one
-            of the words from `first_bad_word` on is not 0.
-        first_bad_word (`int`):
+            int64 of shape `(num_processes, header_words)`. Nothing is written if their first words differ, if one
+            has a bit of `withheld` in its word `flags_word`, or if one of the words from `first_bad_word` on is not 0.
+        flags_word (`int`), withheld (`int`), first_bad_word (`int`):
             See above.
     """
     count = len(values)
@@ -138,6 +145,8 @@ def scatter(
             order is not None,
             processes,
             words,
+            flags_word,
+            withheld,
             first_bad_word,
             _BLOCK,
         )
@@ -161,7 +170,7 @@ def works(device: torch.device) -> bool:
         `bool`: `False`, with a warning, where they fail.
     """
     try:
-        right = _try_out(device)
+        right = all(_try_out(device, dtype) for dtype in EXPONENTS)
     except Exception as failure:
         right, reason = False, f"{type(failure).__name__}: {failure}"
     else:
@@ -175,27 +184,28 @@ def works(device: torch.device) -> bool:
     return right
 
 
-def _try_out(device: torch.device) -> bool:
-    tensors = [torch.arange(10, device=device) * scale for scale in (1.0, 3.0)]
+def _try_out(device: torch.device, dtype: torch.dtype) -> bool:
+    bits = BITS[dtype.itemsize]
+    tensors = [(torch.arange(10, device=device) * scale).to(dtype) for scale in (1.0, 3.0)]
     tensors[1][5] = float("inf")
-    first = [tensor.data_ptr() // 4 for tensor in tensors]
+    first = [tensor.data_ptr() // dtype.itemsize for tensor in tensors]
     places = torch.tensor([first[0] + 2, first[0] + 7, first[1] + 4, first[1] + 5], device=device)
     bounds = torch.tensor([0, 2, 4], device=device)
-    values, headers = (
-        torch.zeros(4, dtype=torch.int32, device=device),
-        torch.zeros(1, 2, dtype=torch.int64, device=device),
-    )
-    gather(places, bounds, 2, values, headers[0, 1:], torch.float32)
+    values = torch.zeros(4, dtype=bits, device=device)
+    bad, flagged = (torch.zeros(1, 3, dtype=torch.int64, device=device) for _ in range(2))
+    gather(places, bounds, 2, values, bad[0, 2:], dtype)
     expected = torch.stack([tensors[0][2], tensors[0][7], tensors[1][4], tensors[1][5]])
     order = torch.tensor([2, 3, 0, 1], device=device)
     before = torch.stack(tensors)
-    scatter(places, order, values, headers, 1)
+    flagged[0, 1] = 4
+    scatter(places, order, values, bad, 1, 0, 2)
+    scatter(places, order, values, flagged, 1, 4, 2)
     kept = torch.equal(torch.stack(tensors), before)
-    scatter(places, order, values, None, 1)
+    scatter(places, order, values, flagged, 1, 3, 2)
     swapped = torch.stack([tensors[0][2], tensors[0][7], tensors[1][4], tensors[1][5]])
     return (
-        torch.equal(values.view(torch.float32), expected)
-        and headers.tolist() == [[0, 2]]
+        torch.equal(values.view(dtype), expected)
+        and bad.tolist() == [[0, 0, 2]]
         and kept
         and torch.equal(swapped, expected[order])
     )

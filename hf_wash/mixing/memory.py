@@ -122,24 +122,34 @@ class Views:
         places += offsets
         return places
 
-    def members_at(self, places: np.ndarray) -> np.ndarray:
-        """The local members whose tensors these places are in, ascending."""
-        order = np.argsort(self.bases, kind="stable")
-        found = order[np.searchsorted(self.bases[order], places, side="right") - 1]
-        return np.unique(found // len(self.plane.tensors))
+    def members_at(self, places: np.ndarray, offsets: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """The local members, ascending, that have one of these places among those of [`Views.places`]."""
+        by_member = counts.reshape(-1, len(self.plane.tensors)).sum(axis=1)
+        owners = np.repeat(np.arange(len(by_member)), by_member)
+        return np.unique(owners[np.isin(self.places(offsets, counts), places)])
 
 
-def look(plane: Plane, tensors: list[torch.Tensor | None], num_local: int, before: Views | None) -> Views:
+def look(
+    plane: Plane,
+    tensors: Sequence[torch.Tensor | None],
+    shapes: Sequence[torch.Size],
+    device: torch.device,
+    before: Views | None,
+) -> Views:
     """
     Looks where the tensors of a plane lie.
 
     Args:
         plane ([`Plane`]):
             The plane.
-        tensors (`list[torch.Tensor | None]`):
-            The tensors of the local members, member after member and in the plane's order, all on one device.
-        num_local (`int`):
-            The number of members in this process.
+        tensors (`Sequence[torch.Tensor | None]`):
+            The tensors of the local members, member after member and in the plane's order. One that is not of the
+            expected shape, dtype and device, or not aligned, counts as one that does not exist: places are worked out
+            from what is expected, and would be somebody else's memory.
+        shapes (`Sequence[torch.Size]`):
+            The shapes that the plan was made for, in the plane's order.
+        device (`torch.device`):
+            The members' device.
         before ([`Views`], *optional*):
             What was seen the last time.
 
@@ -147,13 +157,15 @@ def look(plane: Plane, tensors: list[torch.Tensor | None], num_local: int, befor
         [`Views`]: Those of before if everything is where it was. A tensor that has got other memory (a changed memory
         format, a state that was loaded) is noticed by its address.
     """
+    num_local = len(tensors) // len(shapes) if shapes else 0
+    tensors = [
+        tensor if tensor is not None and _is(tensor, shape, plane.dtype, device) else None
+        for tensor, shape in zip(tensors, list(shapes) * num_local, strict=True)
+    ]
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     if before is not None and addresses == before.addresses:
         same = all(old is new for old, new in zip(before.tensors, tensors, strict=True))
         return before if same else replace(before, tensors=tensors)
-    if not all(tensor is None or aligned(tensor) for tensor in tensors):
-        raise ValueError("A tensor to be shuffled does not start at a multiple of its elements' size in memory.")
-    device = next(tensor.device for tensor in tensors if tensor is not None)
     spare = torch.zeros(1, dtype=BITS[plane.dtype.itemsize], device=device)
     storages = [spare if tensor is None or tensor.numel() == 0 else _storage(tensor) for tensor in tensors]
     starts = [storage.data_ptr() for storage in storages]
@@ -180,6 +192,10 @@ def look(plane: Plane, tensors: list[torch.Tensor | None], num_local: int, befor
         exists=None if exists.all() else exists,
         selection=Selection(plane.tensors, strided),
     )
+
+
+def _is(tensor: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> bool:
+    return tensor.dtype == dtype and tensor.shape == shape and tensor.device == device and aligned(tensor)
 
 
 def _space(storages: Sequence[torch.Tensor]) -> tuple[np.ndarray, int]:

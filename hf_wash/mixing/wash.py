@@ -21,7 +21,10 @@ from torch import nn
 from .exchange import (
     BAD,
     FLAGS,
+    MISSING,
+    STATE_CHANGED,
     STEP,
+    STOP,
     DeviceShipment,
     HostShipment,
     Route,
@@ -98,7 +101,6 @@ class MixStats:
     wait_seconds: float
 
 
-_STOP, _STATE_CHANGED = 1, 2
 # In the place of a plan's digest when nothing is to be moved.
 _NO_SHUFFLE = bytes(8)
 
@@ -206,6 +208,8 @@ class WashMixer:
         self._shipments: type[HostShipment | DeviceShipment] = (
             HostShipment if self._device.type == "cpu" else DeviceShipment
         )
+        self._shapes = [parameter.shape for parameter in self._parameters[0]]
+        self._broken: str | None = None
         sizes = [parameter.numel() for parameter in self._parameters[0]]
         self._expected = [p * size for p, size in zip(self._probabilities, sizes, strict=True)]
         self._planner = Planner(seed, sizes, self._probabilities, self._num_members)
@@ -227,6 +231,7 @@ class WashMixer:
         self._views: dict[Plane, Views] = {}
         self._carry(self._agreed)
         self._tasks: queue.SimpleQueue | None = None
+        self._thread: threading.Thread | None = None
 
     def _check(self, members, optimizers, probability, schedule, seed) -> dict[str, object]:
         """Checks what one process can check by itself. Returns what all of them have to agree on."""
@@ -279,7 +284,8 @@ class WashMixer:
         layers = shuffled_layers(members[0])
         by_layer = layer_probabilities(members[0], probability, schedule)
         self._probabilities = [by_layer[layer] for layer, owned in layers.items() for _ in owned]
-        self._parameters: list[list[torch.Tensor | None]] = [list(member.values()) for member in parameters]
+        self._names = list(parameters[0])
+        self._parameters: list[list[torch.Tensor]] = [list(member.values()) for member in parameters]
         Planner(seed, [], [], 1)  # its own check of the seed
 
         if self._shuffle_optimizer_state and not optimizers:
@@ -346,7 +352,16 @@ class WashMixer:
         draft = self._draft(step) if shuffle else None
         digest = draft.plan.digest if draft else _NO_SHUFFLE
         shipment = self._shipment(draft, self._planes)
-        flags = _STOP * stop_requested | _STATE_CHANGED * state_changed
+        if self._broken is not None:
+            if self._wire is None:
+                raise ValueError(self._broken)
+            if self._late:
+                # No header is like this one, so that nothing is written anywhere.
+                shipment.exchange(shipment.gather(self._header(_NO_SHUFFLE, step, 0)))
+                raise ValueError(self._broken)
+            self._refusal, state_changed = self._broken, True
+        missing = any(self._views[plane].exists is not None for plane in self._planes)
+        flags = STOP * stop_requested | STATE_CHANGED * state_changed | MISSING * missing
         headers, sent, waited = shipment.exchange(shipment.gather(self._header(digest, step, flags)))
 
         if self._late:
@@ -401,10 +416,14 @@ class WashMixer:
         """
         if self._num_members == 1:
             return
-        if self._ahead is None or self._ahead[0] != step:
+        if self._ahead is None or self._ahead[0] != step or not self._thread_lives():
             self._submit(step)
         assert self._ahead is not None
-        self._ahead[1].result()
+        try:
+            self._ahead[1].result()
+        except BaseException:
+            self._ahead = None
+            raise
 
     def _look_at_state(self) -> bool:
         """Finds out which of the optimizers' state there is. Returns whether the other processes do not know yet."""
@@ -447,11 +466,29 @@ class WashMixer:
 
     def _look(self) -> None:
         """Looks where the tensors lie that are carried."""
-        num_local = len(self._members)
-        self._views = {
-            plane: look(plane, self._tensors(plane), num_local, self._views.get(plane)) for plane in self._planes
-        }
+        views = {}
+        for plane in self._planes:
+            shapes = [self._shapes[number] for number in plane.tensors]
+            views[plane] = look(plane, self._tensors(plane), shapes, self._device, self._views.get(plane))
+        self._views = views
+        self._broken = self._find_broken()
         self._seen = self._states.version if self._states is not None else 0
+
+    def _find_broken(self) -> str | None:
+        """What is not as it was when all agreed on it, and cannot be carried, in a sentence."""
+        for plane in self._planes:
+            exists = self._views[plane].exists
+            if exists is None or (plane.slot is not None and self._layout != self._announced):
+                continue
+            local, place = divmod(int(np.flatnonzero(~exists)[0]), len(plane.tensors))
+            what = f"The parameter {self._names[plane.tensors[place]]!r} of member {self._members[local]}"
+            if plane.slot is not None:
+                what = f"The optimizer's {plane.slot!r} of {what[0].lower()}{what[1:]}"
+            return (
+                f"{what} is no longer of the shape, dtype and device that it had when the mixer was built. Nothing was "
+                f"written into any member; build a new mixer after such a change."
+            )
+        return None
 
     def _tensors(self, plane: Plane) -> list[torch.Tensor | None]:
         """The tensors of a plane, member after member."""
@@ -467,18 +504,18 @@ class WashMixer:
             return self._load([], [])
         if self._states is not None and self._seen != self._states.version:
             self._look()
-        shipment = draft.shipment([self._views[plane] for plane in planes])
+        shipment = draft.shipment([self._views[plane] for plane in planes], self._load)
         if shipment.stale():
             self._look()
-            shipment = draft.shipment([self._views[plane] for plane in planes])
+            shipment = draft.shipment([self._views[plane] for plane in planes], self._load)
         return shipment
 
     def _draft(self, step: int) -> "_Draft":
         """The plan of a step and its routes: those drawn ahead, if it was this step that was expected."""
-        if self._ahead is not None and self._ahead[0] == step:
-            draft = self._ahead[1].result()
-            self._ahead = None
-            return draft
+        # Taken at once: should the thread have failed, then the next call for this step draws anew.
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == step and self._thread_lives():
+            return ahead[1].result()
         return _Draft(*self._outline(step))
 
     def _outline(self, step: int) -> tuple:
@@ -494,16 +531,22 @@ class WashMixer:
         self._submit(step + self._interval)
 
     def _submit(self, step: int) -> None:
-        if self._tasks is None:
+        if self._tasks is None or not self._thread_lives():
             self._tasks = queue.SimpleQueue()
-            thread = threading.Thread(target=_keep_promises, args=(self._tasks,), name="hf_wash-plan", daemon=True)
-            thread.start()
-            weakref.finalize(self, _dismiss, self._tasks, thread)
+            self._thread = threading.Thread(
+                target=_keep_promises, args=(self._tasks,), name="hf_wash-plan", daemon=True
+            )
+            self._thread.start()
+            weakref.finalize(self, _dismiss, self._tasks, self._thread)
         # Now, not below: freeing tensors lets other threads in, and the one that draws would go first.
         self._ahead = None
         promise = _Promise(functools.partial(_Draft, *self._outline(step)))
         self._ahead = (step, promise)
         self._tasks.put(promise)
+
+    def _thread_lives(self) -> bool:
+        """Whether the thread that draws is there. In a process that was forked off it is not."""
+        return self._thread is not None and self._thread.is_alive()
 
     def _header(self, digest: bytes, step: int, flags: int) -> np.ndarray:
         words = np.zeros(self._header_words, dtype=np.int64)
@@ -531,13 +574,13 @@ class WashMixer:
         ]
         if bad:
             raise ContagionError(bad, step)
-        return any(h[FLAGS] & _STOP for h in lines), any(h[FLAGS] & _STATE_CHANGED for h in lines)
+        return any(h[FLAGS] & STOP for h in lines), any(h[FLAGS] & STATE_CHANGED for h in lines)
 
     def _read_later(self, headers: torch.Tensor, step: int, digest: bytes) -> None:
         host = torch.empty(headers.shape, dtype=headers.dtype, pin_memory=True)
         host.copy_(headers, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(headers.device))
         self._unread = (host, event, step, digest)
 
     def _stats(
@@ -594,6 +637,9 @@ def _dismiss(tasks: queue.SimpleQueue, thread: threading.Thread) -> None:
         thread.join()
 
 
+_Load = Callable[[Sequence[Views], Sequence[Route]], HostShipment | DeviceShipment]
+
+
 class _Draft:
     """The plan of a step and what it means for this process: all that can be worked out ahead."""
 
@@ -604,28 +650,27 @@ class _Draft:
         views: Sequence[Views],
         members: range,
         num_processes: int,
-        load: Callable[[Sequence[Views], Sequence[Route]], HostShipment | DeviceShipment],
+        load: _Load,
     ):
         self.plan = planner.draw(step)
         self._members = members
         self._num_processes = num_processes
-        self._load = load
-        self._foreseen = self._ship(views)
+        self._foreseen = self._ship(views, load)
 
-    def shipment(self, views: Sequence[Views]) -> HostShipment | DeviceShipment:
+    def shipment(self, views: Sequence[Views], load: _Load) -> HostShipment | DeviceShipment:
         """What carries these planes; made now if it is not what was foreseen, as for a state that is new."""
         foreseen = self._foreseen.views
         if len(views) == len(foreseen) and all(map(operator.is_, views, foreseen)):
             return self._foreseen
-        return self._ship(views)
+        return self._ship(views, load)
 
-    def _ship(self, views: Sequence[Views]) -> HostShipment | DeviceShipment:
+    def _ship(self, views: Sequence[Views], load: _Load) -> HostShipment | DeviceShipment:
         # Slots of the state mostly lie in memory as the weights do, and then they have the same route.
         routes: dict[Selection, Route] = {}
         for view in views:
             if view.selection not in routes:
                 routes[view.selection] = route(self.plan, view.selection, self._members, self._num_processes)
-        return self._load(views, [routes[view.selection] for view in views])
+        return load(views, [routes[view.selection] for view in views])
 
 
 def _planes(layout: Sequence[Sequence[tuple[str | None, torch.dtype]]]) -> list[Plane]:

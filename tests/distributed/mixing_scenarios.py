@@ -9,11 +9,13 @@ the fused kernels, which Triton interprets where there is no GPU (`TRITON_INTERP
 import contextlib
 import copy
 import datetime
+import gc
 import hashlib
 import json
 import os
 import sys
 import time
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -207,6 +209,35 @@ def late_refusal():
     return {"error": error, "untouched": same}
 
 
+def changed(kind):
+    """Between two steps something of one process's member becomes another tensor."""
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    member = nn.Linear(30, 30)
+    optimizer = torch.optim.SGD(member.parameters(), lr=0.1, momentum=0.9)
+    mixer = WashMixer(member, optimizer, probability=0.5, schedule="constant", shuffle_optimizer_state=True)
+    for step in range(3):
+        member(torch.randn(4, 30)).square().sum().backward()
+        optimizer.step()
+        if step < 2:
+            mixer.mix(step)
+    momenta = [optimizer.state[parameter] for parameter in member.parameters()]
+    if rank == 1:
+        if kind == "weight":
+            member.weight.data = torch.ones(2, 2)
+        elif kind == "cleared":
+            optimizer.state.clear()
+        else:
+            for state in momenta:
+                state["momentum_buffer"] = state["momentum_buffer"].to(torch.bfloat16)
+    tensors = [*member.parameters(), *(state["momentum_buffer"] for state in momenta)]
+    before = [tensor.detach().clone() for tensor in tensors]
+    moved = []
+    error = caught(ValueError, lambda: moved.append(mixer.mix(2).population_values_moved))
+    same = [torch.equal(old, new) for old, new in zip(before, tensors, strict=True)]
+    return {"error": error, "moved": moved, "weights_same": all(same[:2]), "state_same": all(same[2:])}
+
+
 def subgroup():
     """Two populations of two processes each, and a process that asks to be in one that it is not in."""
     rank = dist.get_rank()
@@ -231,6 +262,17 @@ def death():
     return {"error": error, "seconds": time.monotonic() - start}
 
 
+def destroyed():
+    member = model(dist.get_rank())
+    # The first optimizer imports parts of torch that would keep the group alive, had they not been imported before.
+    mixer = WashMixer(member, torch.optim.SGD(member.parameters(), lr=0.1), probability=0.1)
+    mixer.mix(0)
+    group = weakref.ref(dist.group.WORLD)
+    dist.destroy_process_group()
+    gc.collect()
+    return {"outlives": group() is not None, "error": caught(RuntimeError, lambda: mixer.mix(1))}
+
+
 def go_as_on(path):
     wash.HostShipment = DeviceShipment
     if path == "kernels":
@@ -247,6 +289,6 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
     answers = [globals()[name](*arguments) for name, *arguments in json.loads(sys.argv[1])]
     # One write, so that the lines of two processes do not mix.
-    os.write(1, f"{json.dumps([dist.get_rank(), answers])}\n".encode())
+    os.write(1, f"{json.dumps([int(os.environ['RANK']), answers])}\n".encode())
     if len(answers) > 1:
         dist.destroy_process_group()

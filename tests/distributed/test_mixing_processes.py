@@ -31,6 +31,7 @@ SCENARIOS: dict[int, list[list]] = {
         ["disagreement", "shuffle"],
         *(["bad_input", kind] for kind in BAD_INPUT),
         ["late_refusal"],
+        *(["changed", kind] for kind in ("weight", "cleared", "dtype")),
     ],
     3: [
         *(["layout", 3, state] for state in ("weights", "state")),
@@ -150,6 +151,20 @@ def test_a_state_that_one_process_cannot_move_is_refused_by_all(answers):
         assert answer["untouched"]
 
 
+def test_a_parameter_that_became_another_tensor_stops_all_processes(answers):
+    for answer in answers("changed", "weight", processes=2):
+        assert "The parameter 'weight' of member 1 is no longer of the shape, dtype and device" in answer["error"]
+        assert answer["weights_same"] and answer["state_same"]
+
+
+@pytest.mark.parametrize("kind", ["cleared", "dtype"])
+def test_a_state_that_one_process_lost_or_changed_rests_and_the_weights_go_on(answers, kind):
+    found = answers("changed", kind, processes=2)
+    assert found[0]["moved"] == found[1]["moved"] and found[0]["moved"][0] > 300
+    for answer in found:
+        assert answer["error"] == "nothing was raised" and not answer["weights_same"] and answer["state_same"]
+
+
 def test_a_population_may_live_in_a_subgroup(answers):
     found = answers("subgroup", processes=4)
     assert len({answer["member"] for answer in found}) == 4
@@ -196,3 +211,12 @@ def test_a_process_that_dies_leaves_an_error_behind(answers):
     (answer,) = answers("death", processes=2, alone=True)
     assert "Error" in answer["error"]
     assert answer["seconds"] < 40
+
+
+def test_a_mixer_does_not_keep_a_destroyed_process_group_alive(answers):
+    # Its threads would run until the interpreter ends, and now and then abort it there.
+    found = answers("destroyed", processes=2, alone=True)
+    assert len(found) == 2
+    for answer in found:
+        assert not answer["outlives"]
+        assert "process group of this population has been destroyed" in answer["error"]

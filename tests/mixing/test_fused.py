@@ -35,7 +35,7 @@ def test_the_kernels_compile_for_a_gpu(dtype):
     )
     assert "atom" in gather["ptx"]
     for ordered, headers in ((True, 1), (False, 3), (True, 0)):
-        constants = {**sizes, "ORDERED": ordered, "HEADERS": headers, "WORDS": 4, "BAD": 3}
+        constants = {**sizes, "ORDERED": ordered, "HEADERS": headers, "WORDS": 4, "FLAGS": 2, "WITHHELD": 4, "BAD": 3}
         scatter = compiled(fused._scatter_kernel, constants, **values, order="*i64", headers="*i64", count="i32")
         assert "cubin" in scatter
 

@@ -3,7 +3,9 @@
 import copy
 import gc
 import itertools
+import os
 import random
+import signal
 import threading
 import time
 import tracemalloc
@@ -443,6 +445,18 @@ def test_a_value_that_is_not_finite_goes_nowhere(value, dtype):
     assert torch.equal(snapshot(members).nan_to_num(), before.nan_to_num())
 
 
+def test_the_right_member_is_named_where_members_lie_between_one_another():
+    memory = torch.randn(50, 50, 3)
+    members = [nn.Module() for _ in range(3)]
+    for number, member in enumerate(members):
+        member.weight = nn.Parameter(memory[..., number])
+    mixer = WashMixer(members, probability=0.5)
+    members[0].weight.data.fill_(float("nan"))
+    with pytest.raises(ContagionError) as caught:
+        mixer.mix(0)
+    assert caught.value.members == (0,)
+
+
 def test_finite_values_whose_sum_overflows_are_fine():
     members = linears(2, 30, 30)
     with torch.no_grad():
@@ -541,11 +555,32 @@ def test_an_error_of_the_thread_that_draws_reaches_the_caller(monkeypatch):
     with pytest.raises(MemoryError, match="no room for this plan"):
         mixer.mix(1)
     assert torch.equal(before, snapshot(members))
-    # The thread lives on.
+    # Once is enough: what was wrong for a moment is drawn anew. And the thread lives on.
     monkeypatch.setattr(wash_module.Planner, "draw", original)
+    mixer.mix(1)
+    assert not torch.equal(before, snapshot(members))
     mixer.prepare(2)
     mixer.mix(2)
-    assert not torch.equal(before, snapshot(members))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_draws_its_own_plans():
+    members = linears(2, 30, 30)
+    mixer = WashMixer(members, probability=0.5)
+    mixer.mix(0)
+    mixer.prepare(1)
+    child = os.fork()
+    if child == 0:
+        # The thread is not there. An alarm ends the process if it is waited for.
+        signal.alarm(20)
+        try:
+            mixer.mix(1)
+            mixer.mix(2)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_mixer_that_is_dropped_leaves_no_thread_and_no_member_behind():
@@ -655,6 +690,26 @@ def test_members_that_differ_are_refused_by_name():
     frozen[1].bias.requires_grad_(False)
     with pytest.raises(ValueError, match=r"Member 1 .*'1\.bias' with .*frozen"):
         WashMixer([reference, frozen])
+
+
+@pytest.mark.parametrize("kind", ["shape", "dtype", "empty"])
+def test_nothing_is_written_beside_a_parameter_that_became_another_tensor(kind):
+    members = linears(2, 50, 50, 50)
+    mixer = WashMixer(members, probability=0.5, schedule="constant")
+    mixer.mix(0)
+    arena = torch.full((8000,), 7.0)
+    members[1][0].weight.data = {
+        "shape": arena[100:104].view(2, 2),
+        "dtype": arena.view(torch.bfloat16)[:2500].view(50, 50),
+        "empty": torch.empty(0),
+    }[kind]
+    before = [copy.deepcopy(member.state_dict()) for member in members]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"'0.weight' of member 1 is no longer of the shape, dtype and device"):
+            mixer.mix(1)
+    assert (arena == 7).all()
+    for member, old in zip(members, before, strict=True):
+        assert all(torch.equal(value, old[name]) for name, value in member.state_dict().items())
 
 
 def test_the_same_model_twice_is_refused():

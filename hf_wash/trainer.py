@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -434,7 +434,7 @@ class WashTrainer(Trainer):
 
     def _one_process_dataloader(self, data_seed: int | None, *args, **kwargs):
         accelerator = self.accelerator
-        self.accelerator = OneProcessLoaders(accelerator, data_seed)
+        self.accelerator = cast(Any, OneProcessLoaders(accelerator, data_seed))
         try:
             return super()._get_dataloader(*args, **kwargs)
         finally:

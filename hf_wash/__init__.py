@@ -10,10 +10,10 @@ __version__ = "0.1.0"
 # transformers, and `hf-wash --help` needs no torch.
 _MODULES = {
     "Ensemble": "soup",
-    "MemberOverrides": "members",
+    "MemberOverrides": "population",
     "WashConfig": "config",
     "WashMixer": "mixing",
-    "WashTrainer": "trainer",
+    "WashTrainer": "trainer.mixin",
     "greedy_soup": "soup",
     "recalibrate_batch_norm": "soup",
     "uniform_soup": "soup",
@@ -32,10 +32,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .config import WashConfig
-    from .members import MemberOverrides
     from .mixing import WashMixer
+    from .population import MemberOverrides
     from .soup import Ensemble, greedy_soup, recalibrate_batch_norm, uniform_soup
-    from .trainer import WashTrainer
+    from .trainer.mixin import WashTrainer
 
 
 def __getattr__(name: str) -> Any:

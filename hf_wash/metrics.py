@@ -1,7 +1,7 @@
 """
 What a classifier is measured by, through the `evaluate` library and without a download: accuracy, top-5 accuracy and
 expected calibration error. How the soup, the members and the ensemble come to their predictions is left to
-`hf_wash.evaluation`.
+`hf_wash.trainer.evaluation`.
 """
 
 import datasets

@@ -15,8 +15,7 @@ from transformers.trainer_utils import has_length
 
 from .. import __version__
 from ..config import WashConfig
-from ..members import MemberOverrides
-from ..population import Population
+from ..population import MemberOverrides, Population
 from ..soup import GreedySoupRecord, has_batch_norm
 from .record import dataset_repositories, inherited_license
 

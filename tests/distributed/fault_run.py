@@ -18,7 +18,7 @@ import torch
 from small_population import outcome, population, write_json
 from transformers import TrainerCallback
 
-from hf_wash import checkpoint
+from hf_wash.trainer import checkpoint
 
 
 parser = argparse.ArgumentParser()

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hf_wash import checkpoint
+from hf_wash.trainer import checkpoint
 
 
 pytestmark = pytest.mark.distributed

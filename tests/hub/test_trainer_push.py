@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_wash import checkpoint
+from hf_wash.trainer import checkpoint
 
 
 HERE = Path(__file__).parent

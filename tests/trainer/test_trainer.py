@@ -14,7 +14,7 @@ from small_population import TEST, Digits, accuracy, digest, population, resnet,
 from transformers import AutoModelForImageClassification
 
 from hf_wash import MemberOverrides
-from hf_wash.members import papa_recipes
+from hf_wash.population.overrides import papa_recipes
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def test_tensorboard_gets_the_log(tmp_path, monkeypatch):
 def test_trackio_gets_the_log(tmp_path):
     """In a process of its own: trackio reads where to write when it is imported."""
     code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from small_population import population
 population({str(tmp_path / "run")!r}, size=2, report_to=["trackio"], project="wash", max_steps=4, eval_steps=2).train()
 """

@@ -14,15 +14,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from hf_wash import checkpoint, cli
+from hf_wash.cli import main as cli
 from hf_wash.hub import export_model
+from hf_wash.trainer import checkpoint
 
 
 # Prints by how much a soup raises the process's own memory, not counting pages of files that the kernel can take back.
 MEASURE = """
 import sys, threading, time
 from pathlib import Path
-from hf_wash import cli
+from hf_wash.cli import main as cli
 
 def anonymous():
     status = Path("/proc/self/status").read_text().splitlines()

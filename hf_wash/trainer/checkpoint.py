@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .population import Population
+from ..population import Population
 
 
 logger = logging.getLogger(__name__)

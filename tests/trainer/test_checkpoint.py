@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_population import digest, history, population, started, vit
 
-from hf_wash import checkpoint
+from hf_wash.trainer import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_damage_is_named_and_skipped_for_the_checkpoint_before(copied, damage):
 
 def test_a_damaged_checkpoint_does_not_change_the_result(copied, run_folder, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_wash.checkpoint.logger.warning", said.append)
+    monkeypatch.setattr("hf_wash.trainer.checkpoint.logger.warning", said.append)
     truncate(copied / "checkpoint-8")
     trainer = resume(copied)
     assert any("checkpoint-8" in text and "skipped" in text for text in said)
@@ -173,7 +173,7 @@ def test_another_run_is_refused_with_the_difference(run_folder, tmp_path, settin
 
 def test_other_options_are_told(run_folder, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_wash.trainer.logger.warning", said.append)
+    monkeypatch.setattr("hf_wash.trainer.mixin.logger.warning", said.append)
     trainer = population(tmp_path, size=2, shuffle_probability=0.2, save_strategy="no")
     trainer.train(resume_from_checkpoint=str(run_folder / "checkpoint-8"))
     assert any("shuffle_probability was 0.3 and is 0.2" in text for text in said)

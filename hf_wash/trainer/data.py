@@ -17,7 +17,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset
 from transformers.trainer_utils import has_length, seed_worker
 
-from .population import Population
+from ..population import Population
 
 
 class OneProcessLoaders:

@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from . import __version__
+        from .. import __version__
 
         print(__version__)
         raise typer.Exit
@@ -121,8 +121,8 @@ def soup(
     _quiet()
     import torch  # noqa: F401 (before the messages below, since it is what takes time)
 
-    from .soup import greedy_soup, uniform_soup
-    from .soup.weights import find_weight_files
+    from ..soup import greedy_soup, uniform_soup
+    from ..soup.weights import find_weight_files
 
     folders = [_find(model) for model in models]
     for folder in folders:
@@ -182,7 +182,7 @@ def soup(
 
 
 def _find(model: str) -> Path:
-    from .hub.loading import find_folder
+    from ..hub.loading import find_folder
 
     folder = find_folder(model)
     if not Path(model).is_dir() and not any(folder.glob("*.safetensors")):
@@ -204,7 +204,7 @@ def _names(models: list[str]) -> list[str]:
 
 def _check_descriptions(models: list[str], folders: list[Path]) -> None:
     """Weights of the same shapes can mean different things: compare what the models say of themselves."""
-    from .hub.loading import ADAPTER_CONFIG, read_json
+    from ..hub.loading import ADAPTER_CONFIG, read_json
 
     def of(folder: Path) -> dict[str, Any]:
         adapter, complete = folder / ADAPTER_CONFIG, folder / "config.json"
@@ -241,7 +241,7 @@ def _write(folder: Path, like: Path, weights: dict[str, Any]) -> None:
     """A model's folder: these weights, and what describes the model from another folder."""
     from safetensors.torch import save_file
 
-    from .hub.loading import ADAPTER_CONFIG
+    from ..hub.loading import ADAPTER_CONFIG
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -257,7 +257,7 @@ def _check_loads(folder: Path) -> None:
     """Load what was written the way a user will."""
     import transformers
 
-    from .hub.loading import ADAPTER_CONFIG, load_model, read_json
+    from ..hub.loading import ADAPTER_CONFIG, load_model, read_json
 
     if (folder / ADAPTER_CONFIG).is_file():
         load_model(folder)
@@ -281,9 +281,9 @@ def _describe(folder: Path, record: dict[str, Any], metrics: dict[str, float], n
     import json
     from importlib.metadata import version
 
-    from . import __version__
-    from .hub.card import WashCard
-    from .hub.record import write_record
+    from .. import __version__
+    from ..hub.card import WashCard
+    from ..hub.record import write_record
 
     if metrics:
         (folder / "all_results.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
@@ -352,7 +352,7 @@ class _Images:
 def _accuracy(model_or_folder: Any, images: _Images) -> float:
     import torch
 
-    from .hub.loading import load_model
+    from ..hub.loading import load_model
 
     model = load_model(model_or_folder) if isinstance(model_or_folder, Path) else model_or_folder
     labels, correct = torch.tensor(images.labels_for(model)), 0
@@ -365,8 +365,8 @@ def _accuracy(model_or_folder: Any, images: _Images) -> float:
 
 def _score_of(trial: Path, like: Path, images: _Images, training: _Images | None) -> Callable[[dict], float]:
     """A score for `greedy_soup`: through a folder, so that weights are named as the models' origin names them."""
-    from .hub.loading import load_model
-    from .soup import recalibrate_batch_norm
+    from ..hub.loading import load_model
+    from ..soup import recalibrate_batch_norm
 
     def score(weights: dict[str, Any]) -> float:
         _write(trial, like, weights)
@@ -379,8 +379,8 @@ def _score_of(trial: Path, like: Path, images: _Images, training: _Images | None
 
 
 def _recalibrate(folder: Path, training: _Images) -> None:
-    from .hub import export_model, load_model
-    from .soup import recalibrate_batch_norm
+    from ..hub import export_model, load_model
+    from ..soup import recalibrate_batch_norm
 
     model = load_model(folder)
     recalibrate_batch_norm(model, _inputs(training), max_batches=_RECALIBRATION_BATCHES)
@@ -409,9 +409,9 @@ def push(
 
     Log in before with `hf auth login`, or set HF_TOKEN.
     """
-    from .hub.card import write_card
-    from .hub.push import push_folder
-    from .hub.record import RUN_RECORD
+    from ..hub.card import write_card
+    from ..hub.push import push_folder
+    from ..hub.record import RUN_RECORD
 
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
@@ -444,7 +444,7 @@ def card(
     What somebody else wrote in the card is kept: only the part between the marks is replaced, and metadata that is
     missing is added.
     """
-    from .hub.card import write_card
+    from ..hub.card import write_card
 
     write_card(folder, repo_id=repo)
     print(f"Wrote {folder / 'README.md'}.")
@@ -461,8 +461,8 @@ def inspect(
 
     The exit code is 2 if a checkpoint is damaged.
     """
-    from . import checkpoint
-    from .hub.card import WashCard
+    from ..hub.card import WashCard
+    from ..trainer import checkpoint
 
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")

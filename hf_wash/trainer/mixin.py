@@ -37,16 +37,35 @@ from transformers.trainer_utils import (
 )
 from transformers.utils import PushInProgress, logging
 
-from . import __version__, evaluation
-from . import checkpoint as checkpoints
-from .agreement import (
+from .. import __version__
+from ..config import ENOUGH_SHUFFLES, WashConfig
+from ..hub import export_model
+from ..hub.card import WashCard
+from ..hub.describe import describe_run
+from ..hub.export import folder_problem
+from ..hub.push import (
+    PushError,
+    create_repository,
+    explain,
+    push_folder,
+    push_in_background,
+    remove_snapshots,
+    root_files,
+)
+from ..hub.record import last_evaluation, write_record
+from ..mixing import WashMixer
+from ..population import MemberOverrides, Population, copy_member, share_frozen
+from ..population.agreement import (
     check_agreement,
     check_same_architecture,
     describe_architecture,
     first_difference,
     weights_digest,
 )
-from .config import ENOUGH_SHUFFLES, WashConfig
+from ..population.consensus import ConsensusSample, squared_distance
+from ..soup import GreedySoupRecord, greedy_soup, has_batch_norm, recalibrate_batch_norm, uniform_soup
+from . import checkpoint as checkpoints
+from . import evaluation
 from .data import (
     MemberBatches,
     MemberLoader,
@@ -56,25 +75,6 @@ from .data import (
     hold_out,
     shard_for_member,
 )
-from .diagnostics import ConsensusSample, squared_distance
-from .hub import export_model
-from .hub.card import WashCard
-from .hub.describe import describe_run
-from .hub.export import folder_problem
-from .hub.push import (
-    PushError,
-    create_repository,
-    explain,
-    push_folder,
-    push_in_background,
-    remove_snapshots,
-    root_files,
-)
-from .hub.record import last_evaluation, write_record
-from .members import MemberOverrides
-from .mixing import WashMixer
-from .population import Population, copy_member, share_frozen
-from .soup import GreedySoupRecord, greedy_soup, has_batch_norm, recalibrate_batch_norm, uniform_soup
 
 
 logger = logging.get_logger(__name__)

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "Ensemble": "soup",
     "MemberOverrides": "population",
+    "PopulationArguments": "config",
     "WashConfig": "config",
     "WashMixer": "mixing",
     "WashTrainer": "trainer.mixin",
@@ -22,6 +23,7 @@ _MODULES = {
 __all__ = [
     "Ensemble",
     "MemberOverrides",
+    "PopulationArguments",
     "WashConfig",
     "WashMixer",
     "WashTrainer",
@@ -31,7 +33,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .config import WashConfig
+    from .config import PopulationArguments, WashConfig
     from .mixing import WashMixer
     from .population import MemberOverrides
     from .soup import Ensemble, greedy_soup, recalibrate_batch_norm, uniform_soup

@@ -1,4 +1,7 @@
-"""[`WashConfig`]: every option of a population run, with its help text. What the options do lives elsewhere."""
+"""
+Every option of a population run, with its help text: [`PopulationArguments`] for any Trainer's arguments, [`WashConfig`]
+for the Trainer's own. What the options do lives elsewhere.
+"""
 
 import os
 import warnings
@@ -22,11 +25,24 @@ SOUP_BATCH_NORMS = ("recalibrate", "average")
 ENOUGH_SHUFFLES = 35
 
 
-@dataclass
-class WashConfig(TrainingArguments):
+# Not a representation of their own: the Trainer's arguments hide the token of the Hub in theirs.
+@dataclass(repr=False)
+class PopulationArguments:
     r"""
-    Options of a [`WashTrainer`]. Only what is new beside [`~transformers.TrainingArguments`] is listed here; the
-    inherited options (batch size, learning rate, epochs, ...) are those of **one member**.
+    What a population adds to the arguments of any Trainer. It stands in front of the class that it adds them to, whose
+    options (batch size, learning rate, epochs, ...) are then those of **one member**:
+
+    ```python
+    >>> from dataclasses import dataclass
+    >>> from transformers import Seq2SeqTrainingArguments
+
+
+    >>> @dataclass
+    ... class WashSeq2SeqConfig(PopulationArguments, Seq2SeqTrainingArguments): ...
+
+
+    >>> args = WashSeq2SeqConfig("my-soup", population_size=4, predict_with_generate=True)
+    ```
 
     > Parameters that control the population
 
@@ -151,6 +167,16 @@ class WashConfig(TrainingArguments):
         default=False, metadata={"help": "Upload the members too, under members/member_<i>/ of the repository."}
     )
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if TrainingArguments in order and order.index(TrainingArguments) < order.index(PopulationArguments):
+            # Nothing would be checked, and losses be scaled by the number of processes.
+            raise ValueError(
+                f"`PopulationArguments` must be the first base of `{cls.__name__}`, found it behind "
+                f"`{cls.__bases__[0].__name__}`."
+            )
+
     def __post_init__(self):
         # First, so that a wrong value is refused before devices and process groups are set up.
         self._check_population_options()
@@ -158,7 +184,11 @@ class WashConfig(TrainingArguments):
             # Started by `torchrun` without an accelerator, a process takes itself for the only one unless it is told
             # that the CPU is meant (accelerate 1.15).
             self.use_cpu = True
-        super().__post_init__()
+        drop_last = self.dataloader_drop_last  # type: ignore[has-type]
+        super().__post_init__()  # type: ignore[misc]
+        # On several processes sentence-transformers (6.2) drops the last batch, lest their numbers of batches differ. A
+        # member's batches are those of a run of its own, however many processes there are.
+        self.dataloader_drop_last = drop_last
         # Trainer would multiply each loss by the number of processes, to undo an averaging of gradients that does
         # not happen here: a member's loss is that of a run of its own.
         self.average_tokens_across_devices = False
@@ -208,7 +238,7 @@ class WashConfig(TrainingArguments):
         Number of GPUs this process uses: 0 or 1. With several visible GPUs and one process, [`~transformers.Trainer`]
         would switch to `nn.DataParallel`, which would average the members' gradients.
         """
-        visible = super().n_gpu
+        visible = super().n_gpu  # type: ignore[misc]
         if visible > 1:
             self._n_gpu = 1
             warnings.warn(
@@ -233,3 +263,19 @@ class WashConfig(TrainingArguments):
     def expected_shuffles(self, total_steps: int) -> float:
         """How often a first-layer weight is shuffled in a run of `total_steps`, on average."""
         return self.shuffle_probability * sum(self.shuffles(step, total_steps) for step in range(1, total_steps + 1))
+
+
+@dataclass(repr=False)
+class WashConfig(PopulationArguments, TrainingArguments):
+    """
+    Options of a [`WashTrainer`]: those of [`PopulationArguments`], and those of [`~transformers.TrainingArguments`] for
+    one member.
+
+    Example:
+
+    ```python
+    >>> from hf_wash import WashConfig
+
+    >>> args = WashConfig("my-soup", population_size=4, num_train_epochs=20)
+    ```
+    """

@@ -6,7 +6,9 @@ for the Trainer's own. What the options do lives elsewhere.
 import os
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
@@ -93,7 +95,8 @@ class PopulationArguments:
             Whether pushing to the Hub uploads the members too, under `members/member_<i>/`.
 
     Raises:
-        ValueError: for a value outside its range, in one sentence that names the option, the value and the range.
+        ValueError: for a value of another type or outside its range, in one sentence that names the option, what it
+            must be and the value. NumPy's numbers are taken, and become Python's.
     """
 
     population_size: int | None = field(
@@ -199,38 +202,49 @@ class PopulationArguments:
                 raise ValueError(f"`{name}` must be {must}, found {getattr(self, name)!r}.")
 
         def one_of(name: str, choices: tuple[str, ...]) -> None:
-            require(getattr(self, name) in choices, name, f"one of {', '.join(map(repr, choices))}")
+            value = getattr(self, name)
+            require(isinstance(value, str) and value in choices, name, f"one of {', '.join(map(repr, choices))}")
+
+        def yes_or_no(name: str) -> None:
+            require(isinstance(getattr(self, name), bool), name, "True or False")
+
+        def whole(name: str, what: str) -> None:
+            value = getattr(self, name)
+            # `True` is an `int`, and no number.
+            require(isinstance(value, int) and not isinstance(value, bool) and value >= 1, name, what)
+
+        def number(name: str, what: str, above_0_below_1: bool = False) -> None:
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            # NaN is in no range.
+            require(is_number and (0.0 < value < 1.0 if above_0_below_1 else 0.0 <= value <= 1.0), name, what)
+            setattr(self, name, float(value))
+
+        for name in PopulationArguments.__dataclass_fields__:
+            setattr(self, name, _plain(getattr(self, name)))
 
         if self.population_size is not None:
-            require(
-                isinstance(self.population_size, int) and self.population_size >= 1,
-                "population_size",
-                "a whole number of at least 1",
-            )
+            whole("population_size", "a whole number of at least 1")
         one_of("mixing", MIXINGS)
+        number("shuffle_probability", "a probability between 0 and 1")
         one_of("shuffle_schedule", SCHEDULES)
-        one_of("member_data", MEMBER_DATA)
-        one_of("soup", SOUPS)
-        one_of("soup_batch_norm", SOUP_BATCH_NORMS)
-        require(0.0 <= self.shuffle_probability <= 1.0, "shuffle_probability", "a probability between 0 and 1")
-        require(
-            isinstance(self.shuffle_interval, int) and self.shuffle_interval >= 1,
-            "shuffle_interval",
-            "a whole number of steps of at least 1",
-        )
-        require(0.0 <= self.shuffle_start <= 1.0, "shuffle_start", "a fraction of the run between 0 and 1")
-        require(0.0 <= self.shuffle_stop <= 1.0, "shuffle_stop", "a fraction of the run between 0 and 1")
+        yes_or_no("shuffle_optimizer_state")
+        whole("shuffle_interval", "a whole number of steps of at least 1")
+        number("shuffle_start", "a fraction of the run between 0 and 1")
+        number("shuffle_stop", "a fraction of the run between 0 and 1")
         require(
             self.shuffle_start <= self.shuffle_stop,
             "shuffle_start",
             f"at most `shuffle_stop` ({self.shuffle_stop!r})",
         )
-        require(0.0 < self.soup_holdout < 1.0, "soup_holdout", "a part of the training set between 0 and 1")
-        require(
-            isinstance(self.soup_batch_norm_batches, int) and self.soup_batch_norm_batches >= 1,
-            "soup_batch_norm_batches",
-            "a whole number of batches of at least 1",
-        )
+        yes_or_no("same_init")
+        one_of("member_data", MEMBER_DATA)
+        one_of("soup", SOUPS)
+        number("soup_holdout", "a part of the training set between 0 and 1", above_0_below_1=True)
+        one_of("soup_batch_norm", SOUP_BATCH_NORMS)
+        whole("soup_batch_norm_batches", "a whole number of batches of at least 1")
+        yes_or_no("evaluate_members")
+        yes_or_no("push_members")
 
     @property
     def n_gpu(self) -> int:
@@ -279,3 +293,8 @@ class WashConfig(PopulationArguments, TrainingArguments):
     >>> args = WashConfig("my-soup", population_size=4, num_train_epochs=20)
     ```
     """
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's number, truth value or text as Python's: checkpoints and cards write options as JSON."""
+    return value.item() if isinstance(value, np.generic) else value

@@ -5,6 +5,7 @@ import importlib
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import ParallelMode
@@ -76,7 +77,7 @@ def test_wash_config_goes_through_flags_json_and_replace(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"output_dir": "out", "shuffle_stop": 1, "population_size": 2}))
     (config,) = parser.parse_json_file(file)
-    assert config.shuffle_stop == 1.0 and config.population_size == 2
+    assert config.shuffle_stop == 1.0 and isinstance(config.shuffle_stop, float) and config.population_size == 2
     assert dataclasses.replace(config, soup="greedy").population_size == 2
     assert json.loads(config.to_json_string())["soup"] == "uniform"
 
@@ -111,3 +112,57 @@ def test_several_cpu_processes_need_no_flag(monkeypatch):
     assert WashConfig("out").use_cpu
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert not WashConfig("out").use_cpu
+
+
+WHOLE = ("population_size", "shuffle_interval", "soup_batch_norm_batches")
+FRACTIONS = ("shuffle_probability", "shuffle_start", "shuffle_stop", "soup_holdout")
+TRUTHS = ("shuffle_optimizer_state", "same_init", "evaluate_members", "push_members")
+NAMES = ("mixing", "shuffle_schedule", "member_data", "soup", "soup_batch_norm")
+
+
+def test_every_option_is_checked():
+    assert sorted(WHOLE + FRACTIONS + TRUTHS + NAMES) == sorted(OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in WHOLE for value in (True, "2", 2.0, 0, -1, float("nan"), np.float64(2.0))),
+        *((name, value) for name in FRACTIONS for value in (True, "0.1", -0.1, 1.5, float("nan"), np.True_, [0.1])),
+        *((name, value) for name in TRUTHS for value in ("False", "no", 0, 1, None, np.int64(1))),
+        *((name, value) for name in NAMES for value in ("WASH", "", True, None, ["wash"])),
+        ("shuffle_interval", None),
+        ("shuffle_start", None),
+        ("soup_holdout", 0.0),
+        ("soup_holdout", 1),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_sentence(name, value):
+    with pytest.raises(ValueError) as raised:
+        WashConfig("out", **{name: value})
+    found = value.item() if isinstance(value, np.generic) else value
+    message = str(raised.value)
+    assert message.startswith(f"`{name}` must be ") and message.endswith(f", found {found!r}.")
+
+
+def test_a_start_behind_the_stop_is_refused():
+    with pytest.raises(ValueError, match=r"`shuffle_start` must be at most `shuffle_stop` \(0.25\), found 0.5"):
+        WashConfig("out", shuffle_start=0.5, shuffle_stop=0.25)
+
+
+def test_numpys_numbers_become_pythons():
+    given = {
+        "population_size": np.int64(3),
+        "shuffle_interval": np.uint8(2),
+        "shuffle_probability": np.float32(0.5),
+        "shuffle_start": np.int32(0),
+        "shuffle_stop": 1,
+        "same_init": np.False_,
+        "soup": np.str_("greedy"),
+    }
+    config = WashConfig("out", **given)
+    for name, value in given.items():
+        assert getattr(config, name) == value
+        assert type(getattr(config, name)) in (int, float, bool, str)
+    assert isinstance(config.shuffle_start, float) and isinstance(config.shuffle_stop, float)
+    assert json.loads(json.dumps({name: getattr(config, name) for name in OPTIONS}))["population_size"] == 3

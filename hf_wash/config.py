@@ -3,6 +3,7 @@ Every option of a population run, with its help text: [`PopulationArguments`] fo
 for the Trainer's own. What the options do lives elsewhere.
 """
 
+import math
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -22,9 +23,12 @@ MEMBER_DATA = ("full", "shard")
 SOUPS = ("uniform", "greedy")
 SOUP_BATCH_NORMS = ("recalibrate", "average")
 
-# Below this many shuffles of a first-layer weight in a run, every model of a population came out worse than without
-# any exchange (docs/choosing_p.md).
+# How often a first-layer weight should be shuffled in a run (docs/choosing_p.md says what was measured). Below the first,
+# every model of a population came out worse than without any exchange; the second served at all lengths tried, with a
+# probability of at most the third.
 ENOUGH_SHUFFLES = 35
+FITTING_SHUFFLES = 140
+LARGEST_FITTED_PROBABILITY = 0.5
 
 
 # Not a representation of their own: the Trainer's arguments hide the token of the Hub in theirs.
@@ -63,9 +67,10 @@ class PopulationArguments:
         mixing (`str`, *optional*, defaults to `"wash"`):
             What the members exchange after an optimizer step: `"wash"` (shuffled weights) or `"independent"`
             (nothing).
-        shuffle_probability (`float`, *optional*, defaults to 0.001):
+        shuffle_probability (`float`, *optional*):
             The paper's p, the probability with which a weight of the first layer is shuffled in a step. What counts
-            is p times the number of steps; below about 35 expect worse models than without exchange.
+            is p times the number of steps; below about 35 expect worse models than without exchange. Defaults to what
+            gives a first-layer weight about 140 shuffles in the run, at most 0.5 ([`probability_for`] has the rule).
         shuffle_schedule (`str`, *optional*, defaults to `"decreasing"`):
             How the probability depends on depth: `"decreasing"` (p at the first layer, 0 at the last; the paper's),
             `"constant"` or `"increasing"`.
@@ -113,9 +118,12 @@ class PopulationArguments:
             "choices": list(MIXINGS),
         },
     )
-    shuffle_probability: float = field(
-        default=0.001,
-        metadata={"help": "The paper's p: probability, in [0, 1], that a first-layer weight is shuffled in a step."},
+    shuffle_probability: float | None = field(
+        default=None,
+        metadata={
+            "help": "The paper's p: probability, in [0, 1], that a first-layer weight is shuffled in a step. Defaults to "
+            f"what gives it about {FITTING_SHUFFLES} shuffles in the run, at most {LARGEST_FITTED_PROBABILITY}."
+        },
     )
     shuffle_schedule: str = field(
         default="decreasing",
@@ -226,7 +234,8 @@ class PopulationArguments:
         if self.population_size is not None:
             whole("population_size", "a whole number of at least 1")
         one_of("mixing", MIXINGS)
-        number("shuffle_probability", "a probability between 0 and 1")
+        if self.shuffle_probability is not None:
+            number("shuffle_probability", "a probability between 0 and 1")
         one_of("shuffle_schedule", SCHEDULES)
         yes_or_no("shuffle_optimizer_state")
         whole("shuffle_interval", "a whole number of steps of at least 1")
@@ -274,9 +283,34 @@ class PopulationArguments:
             return False
         return self.shuffle_start * total_steps < step <= self.shuffle_stop * total_steps
 
+    def mixing_steps(self, total_steps: int) -> int:
+        """The number of steps, of `total_steps` in the run, after which the population [`shuffles`]."""
+        if self.mixing == "independent":
+            return 0
+        # A whole step is above (at most) a number just when it is above (at most) that number rounded down.
+        before, until = (math.floor(part * total_steps) for part in (self.shuffle_start, self.shuffle_stop))
+        return until // self.shuffle_interval - before // self.shuffle_interval
+
+    def probability_for(self, total_steps: int) -> float:
+        """
+        The p of a run: `shuffle_probability` where it is set, else what fits the length of the run.
+
+        What fits is `min(0.5, 140 / (total_steps // shuffle_interval))`, and 0 if the population never shuffles. A later
+        start or an earlier stop leaves p as it is: stopped at 75 % of the run, which is how it was measured, it makes
+        105 shuffles, not 140.
+
+        Args:
+            total_steps (`int`): Optimizer steps in the whole run.
+        """
+        if self.shuffle_probability is not None:
+            return self.shuffle_probability
+        if not self.mixing_steps(total_steps):
+            return 0.0
+        return min(LARGEST_FITTED_PROBABILITY, FITTING_SHUFFLES / (total_steps // self.shuffle_interval))
+
     def expected_shuffles(self, total_steps: int) -> float:
         """How often a first-layer weight is shuffled in a run of `total_steps`, on average."""
-        return self.shuffle_probability * sum(self.shuffles(step, total_steps) for step in range(1, total_steps + 1))
+        return self.probability_for(total_steps) * self.mixing_steps(total_steps)
 
 
 @dataclass(repr=False)

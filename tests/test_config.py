@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from hf_wash import PopulationArguments, WashConfig
+from hf_wash.config import ENOUGH_SHUFFLES
 
 
 OPTIONS = [option.name for option in dataclasses.fields(PopulationArguments)]
@@ -166,3 +169,61 @@ def test_numpys_numbers_become_pythons():
         assert type(getattr(config, name)) in (int, float, bool, str)
     assert isinstance(config.shuffle_start, float) and isinstance(config.shuffle_stop, float)
     assert json.loads(json.dumps({name: getattr(config, name) for name in OPTIONS}))["population_size"] == 3
+
+
+# How long and how often
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(0, 400),
+    st.integers(1, 9),
+    st.tuples(*2 * [st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.07, 0.1, 0.29, 0.5, 0.57, 0.75, 1.0]))]),
+)
+def test_mixing_steps_are_those_at_which_the_population_shuffles(total_steps, interval, window):
+    config = object.__new__(WashConfig)  # what depends on the machine is slow to find out
+    config.mixing, config.shuffle_interval, config.shuffle_probability = "wash", interval, None
+    config.shuffle_start, config.shuffle_stop = sorted(window)
+    counted = sum(config.shuffles(step, total_steps) for step in range(1, total_steps + 1))
+    assert config.mixing_steps(total_steps) == counted
+    assert config.expected_shuffles(total_steps) == config.probability_for(total_steps) * counted
+    assert 0.0 <= config.probability_for(total_steps) <= 0.5
+    assert (config.probability_for(total_steps) == 0.0) == (counted == 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "total_steps", "probability"),
+    [
+        ({}, 460, 140 / 460),
+        ({"shuffle_stop": 0.75}, 460, 140 / 460),
+        ({"shuffle_start": 0.1}, 1400, 0.1),
+        ({"shuffle_interval": 10}, 14000, 0.1),
+        ({}, 234_000, 140 / 234_000),
+        ({}, 100, 0.5),
+        ({}, 0, 0.0),
+        ({"shuffle_interval": 11}, 10, 0.0),
+        ({"shuffle_start": 0.5, "shuffle_stop": 0.5}, 1000, 0.0),
+        ({"mixing": "independent"}, 1000, 0.0),
+        ({"shuffle_probability": 0.001}, 10, 0.001),
+        ({"shuffle_probability": 0.0}, 1000, 0.0),
+    ],
+)
+def test_p_fits_the_run_unless_it_is_given(options, total_steps, probability):
+    assert WashConfig("out", **options).probability_for(total_steps) == probability
+
+
+def test_a_fitted_p_is_enough_wherever_a_run_is_long_enough():
+    config = WashConfig("out", shuffle_stop=0.75)
+    assert config.expected_shuffles(94) >= ENOUGH_SHUFFLES
+    assert config.expected_shuffles(10**9) == pytest.approx(105)
+    assert WashConfig("out").expected_shuffles(700) == pytest.approx(140)
+    assert WashConfig("out", mixing="independent", shuffle_probability=0.5).expected_shuffles(700) == 0
+
+
+def test_none_is_a_p_that_fits_also_from_json(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"output_dir": "out", "shuffle_probability": None}))
+    (config,) = HfArgumentParser(WashConfig).parse_json_file(file)
+    assert config.probability_for(1400) == 0.1
+    (config,) = HfArgumentParser(WashConfig).parse_args_into_dataclasses(["--shuffle_probability", "0.2"])
+    assert config.probability_for(1400) == 0.2

@@ -19,7 +19,7 @@ import pytest
 import torch
 from datasets import Dataset
 from small_population import TEST, TRAIN, started
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from small_text import KINDS, SENTENCES, special_ids, token_ids, tokenizer
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -33,7 +33,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
@@ -48,42 +47,6 @@ from hf_wash import PopulationArguments, PopulationMixin
 
 SEED = 7
 STEPS, CHECKPOINT = 4, 2
-
-ANIMALS, ACTS, PLACES = (
-    ["cat", "dog", "owl", "fox"],
-    ["sleeps", "runs", "sings"],
-    ["here", "there", "outside", "alone"],
-)
-SENTENCES = [f"the {animal} {act} {place}" for animal in ANIMALS for act in ACTS for place in PLACES]
-KINDS = [index % 3 for index in range(len(SENTENCES))]
-SPECIAL_TOKENS = {
-    "pad_token": "<pad>",
-    "unk_token": "<unk>",
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "mask_token": "<mask>",
-    "cls_token": "<cls>",
-    "sep_token": "<sep>",
-}
-
-
-@cache
-def tokenizer(pair: bool = False) -> PreTrainedTokenizerFast:
-    """One token for each word of `SENTENCES`; with `pair`, texts are framed as BERT's are."""
-    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.train_from_iterator(SENTENCES, trainers.WordLevelTrainer(special_tokens=list(SPECIAL_TOKENS.values())))
-    if pair:
-        ends = [(token, words.token_to_id(token)) for token in ("<cls>", "<sep>")]
-        words.post_processor = processors.TemplateProcessing(
-            single="<cls> $A <sep>", pair="<cls> $A <sep> $B:1 <sep>:1", special_tokens=ends
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=32, **SPECIAL_TOKENS)
-
-
-def special_ids() -> dict[str, int]:
-    """The tokenizer's special tokens, as a model's configuration wants them."""
-    return {name: getattr(tokenizer(), name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
 
 
 def llama_config(**overrides) -> LlamaConfig:
@@ -116,11 +79,6 @@ def t5() -> T5ForConditionalGeneration:
             **special_ids(),
         )
     )
-
-
-def token_ids(*texts: str) -> torch.Tensor:
-    """A batch of texts of equally many words, of shape `(len(texts), words)`."""
-    return torch.tensor(tokenizer()(list(texts))["input_ids"])
 
 
 # ---- The runs ------------------------------------------------------------------------------------------------------

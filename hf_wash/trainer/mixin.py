@@ -596,13 +596,13 @@ class WashTrainer(Trainer):
 
     def _warn_about_few_shuffles(self) -> None:
         args, steps = self.args, self._total_steps
-        if args.mixing != "wash" or self.population.size == 1 or not args.shuffle_probability:
+        if args.mixing != "wash" or self.population.size == 1 or args.shuffle_probability == 0:
             return
         if not self.is_world_process_zero():
             return
         expected = args.expected_shuffles(steps)
         if expected < ENOUGH_SHUFFLES:
-            mixing_steps = expected / args.shuffle_probability
+            mixing_steps = args.mixing_steps(steps)
             needed = ENOUGH_SHUFFLES / mixing_steps if mixing_steps else math.inf
             advice = (
                 f"`shuffle_probability={needed:.2g}` would reach it"
@@ -611,7 +611,7 @@ class WashTrainer(Trainer):
             )
             logger.warning(
                 f"A first-layer weight will be shuffled about {expected:.1f} times in this run of {steps} steps "
-                f"(p = {args.shuffle_probability:g}). Below about {ENOUGH_SHUFFLES} the members are disturbed without "
+                f"(p = {args.probability_for(steps):g}). Below about {ENOUGH_SHUFFLES} the members are disturbed without "
                 f"being brought together: {advice}."
             )
 
@@ -664,7 +664,7 @@ class WashTrainer(Trainer):
             self.mixer = WashMixer(
                 self.population.members,
                 [self.optimizer],
-                probability=self.args.shuffle_probability if self.args.mixing == "wash" else 0.0,
+                probability=self.args.probability_for(self._total_steps) if self.args.mixing == "wash" else 0.0,
                 schedule=self.args.shuffle_schedule,
                 seed=self.args.seed,
                 shuffle_optimizer_state=self.args.shuffle_optimizer_state,

@@ -539,7 +539,7 @@ class PopulationMixin(Publishing):
             return
         probability = self.mixing.probability
         logger.info(f"Shuffling with p = {probability:g}.")
-        mixing_steps = sum(self.args.shuffles(step, self._total_steps) for step in range(1, self._total_steps + 1))
+        mixing_steps = self.args.mixing_steps(self._total_steps)
         expected = probability * mixing_steps
         if not probability or expected >= ENOUGH_SHUFFLES:
             return

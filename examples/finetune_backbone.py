@@ -475,7 +475,6 @@ def prepare(arguments: list[str] | None = None) -> tuple[FinetuneTrainer, ImageD
                 pretrain_backbone(Path(backbone))
         recipe = pretrained_recipe(backbone, data.label_names, hub)
     model_init, heads = make_member(recipe, backbone_arguments)
-    config.fit_probability(len(data.train))
     columns = (data.image_column, data.label_column)
     augmentation = data_arguments.augmentation or ("shift" if data.name.startswith(DIGITS) else "crop")
     trainer = FinetuneTrainer(

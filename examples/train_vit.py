@@ -59,10 +59,6 @@ DIGITS = "scikit-learn digits"
 SPLIT_SEED = 0
 HELD_OUT = 0.2
 
-# docs of the method: a first-layer weight should be shuffled often, and at most in every other step.
-ENOUGH_SHUFFLES = 140
-LARGEST_PROBABILITY = 0.5
-
 
 @dataclass
 class DataArguments:
@@ -167,37 +163,15 @@ class TrainVitConfig(WashConfig):
     save_strategy: str = default("save_strategy", "no")
     # The images are opened and augmented when they are needed, and the Trainer would remove their column before that.
     remove_unused_columns: bool = default("remove_unused_columns", False)
-    shuffle_probability: float | None = default(
-        "shuffle_probability",
-        None,
-        help="The paper's p: probability, in [0, 1], that a first-layer weight is shuffled in a step. By default "
-        f"{ENOUGH_SHUFFLES} / steps, and at most {LARGEST_PROBABILITY}.",
-    )
     shuffle_stop: float = default("shuffle_stop", 0.75)
 
     def __post_init__(self):
-        # Steps can be counted once the data is there; until then any valid value passes WashConfig's checks.
-        self.fits_probability = self.shuffle_probability is None
-        if self.fits_probability:
-            self.shuffle_probability = LARGEST_PROBABILITY
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns would remove the images before they are opened; leave it off.")
         if self.device.type == "cpu":
             # Pinning is for copies to an accelerator; without one torch warns at every loader.
             self.dataloader_pin_memory = False
-
-    def fit_probability(self, num_samples: int) -> None:
-        """Set the default of `shuffle_probability` to what suits a run over `num_samples` training samples."""
-        if not self.fits_probability:
-            return
-        if self.member_data == "shard":
-            num_samples //= self.population_size or (self.world_size if self.world_size > 1 else 4)
-        batches = math.ceil(num_samples / self.train_batch_size)
-        steps = math.ceil(math.ceil(batches / self.gradient_accumulation_steps) * self.num_train_epochs)
-        if self.max_steps > 0:
-            steps = self.max_steps
-        self.shuffle_probability = min(LARGEST_PROBABILITY, ENOUGH_SHUFFLES / max(steps, 1))
 
 
 @dataclass
@@ -640,7 +614,6 @@ def prepare(arguments: list[str] | None = None) -> tuple[WashTrainer, ImageData,
         data = load_data(data_arguments, config.hub_token)
     with config.main_process_first(desc="loading the model"):
         recipe = choose_recipe(model_arguments, data, hub)
-    config.fit_probability(len(data.train))
     columns = (data.image_column, data.label_column)
     augmentation = data_arguments.augmentation or ("shift" if data.name == DIGITS else "crop")
     trainer = WashTrainer(

@@ -12,6 +12,7 @@ _MODULES = {
     "Ensemble": "soup",
     "MemberOverrides": "population",
     "PopulationArguments": "config",
+    "PopulationMixin": "trainer.mixin",
     "WashConfig": "config",
     "WashMixer": "mixing",
     "WashTrainer": "trainer.mixin",
@@ -24,6 +25,7 @@ __all__ = [
     "Ensemble",
     "MemberOverrides",
     "PopulationArguments",
+    "PopulationMixin",
     "WashConfig",
     "WashMixer",
     "WashTrainer",
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from .mixing import WashMixer
     from .population import MemberOverrides
     from .soup import Ensemble, greedy_soup, recalibrate_batch_norm, uniform_soup
-    from .trainer.mixin import WashTrainer
+    from .trainer.mixin import PopulationMixin, WashTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -23,9 +23,9 @@ MEMBER_DATA = ("full", "shard")
 SOUPS = ("uniform", "greedy")
 SOUP_BATCH_NORMS = ("recalibrate", "average")
 
-# How often a first-layer weight should be shuffled in a run (docs/choosing_p.md says what was measured). Below the first,
-# every model of a population came out worse than without any exchange; the second served at all lengths tried, with a
-# probability of at most the third.
+# How often a first-layer weight should be shuffled in a run (docs/choosing_p.md says what was measured). From the first
+# on, the soup came close to its ensemble, and far below it fell behind a single model; the second served at all lengths
+# tried, with a probability of at most the third.
 ENOUGH_SHUFFLES = 35
 FITTING_SHUFFLES = 140
 LARGEST_FITTED_PROBABILITY = 0.5

@@ -67,7 +67,6 @@ def finetune(folder: str, backbone: str, seed: int, options: argparse.Namespace,
         shuffle_start=arguments.head_only,
         **chosen,
     )
-    config.fit_probability(len(train))
     trainer = FinetuneTrainer(
         model_init=model_init,
         args=config,

@@ -14,7 +14,6 @@ from transformers import TrainerState
 from transformers.trainer_utils import has_length
 
 from .. import __version__
-from ..config import WashConfig
 from ..population import MemberOverrides, Population
 from ..soup import GreedySoupRecord, has_batch_norm
 from .record import dataset_repositories, inherited_license
@@ -45,13 +44,15 @@ _license_of = functools.cache(inherited_license)
 
 def describe_run(
     *,
-    args: WashConfig,
+    args: Any,
     state: TrainerState,
     model: nn.Module,
     population: Population,
     overrides: Sequence[MemberOverrides],
     exchanged: tuple[int, int],
     greedy: GreedySoupRecord | None,
+    probability: float | None,
+    ask_hub: bool,
     batch_size: int,
     datasets: tuple[Any, Any],
     card: Mapping[str, Any],
@@ -68,6 +69,10 @@ def describe_run(
             The members, and what each has of its own.
         exchanged (`tuple[int, int]`):
             The values and bytes that members got from each other so far.
+        probability (`float`, *optional*):
+            The p of this run.
+        ask_hub (`bool`):
+            Whether the Hub may be asked, for the license of the model this one was made from.
         greedy ([`GreedySoupRecord`], *optional*):
             How the greedy soup was chosen, if there is one.
         batch_size (`int`):
@@ -102,7 +107,11 @@ def describe_run(
             "member_data": args.member_data,
             "overrides": [each.describe() for each in overrides],
         },
-        "mixing": {"method": args.mixing, **{name: getattr(args, name) for name in _MIXING}},
+        "mixing": {
+            "method": args.mixing,
+            **{name: getattr(args, name) for name in _MIXING},
+            "shuffle_probability": probability,
+        },
         "exchange": dict(zip(("values_moved", "bytes_exchanged"), exchanged, strict=True)),
         "soup": soup,
         "training": {
@@ -121,11 +130,11 @@ def describe_run(
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in libraries},
         },
-        "card": {**card, **_origin(model, datasets, card)},
+        "card": {**card, **_origin(model, datasets, card, ask_hub)},
     }
 
 
-def _precision(args: WashConfig, trained: Sequence[torch.Tensor]) -> str | None:
+def _precision(args: Any, trained: Sequence[torch.Tensor]) -> str | None:
     if args.fp16 or args.bf16:
         return f"{'float16' if args.fp16 else 'bfloat16'}, mixed"
     return str(trained[0].dtype).removeprefix("torch.") if trained else None
@@ -139,13 +148,13 @@ def _hardware(device: torch.device, processes: int) -> dict[str, Any]:
     return {"device": where, "processes": processes, "text": text}
 
 
-def _origin(model: nn.Module, datasets: Sequence[Any], card: Mapping[str, Any]) -> dict[str, Any]:
+def _origin(model: nn.Module, datasets: Sequence[Any], card: Mapping[str, Any], ask_hub: bool) -> dict[str, Any]:
     """Where the model and the data come from: as far as they tell themselves, and without paths of this machine."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     base = card.get("finetuned_from") or getattr(getattr(model, "config", None), "_name_or_path", None) or None
     found = {
         "finetuned_from": Path(base).name if base and os.path.isdir(base) else base,
-        "license": card.get("license") or _license_of(base),
+        "license": card.get("license") or (_license_of(base) if base and (ask_hub or os.path.isdir(base)) else None),
         "dataset_tags": card.get("dataset_tags") or dataset_repositories(*datasets),
     }
     return {name: value for name, value in found.items() if value}

@@ -672,3 +672,12 @@ def _quiet():
         timm_logger.setLevel(timm_level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+writing_here = _writing_here
+
+
+def is_image_classifier(model) -> bool:
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return type(model).__name__.endswith("ForImageClassification") or _is_bare_timm(model)

@@ -18,8 +18,8 @@ class MemberOverrides:
         train_dataset (`torch.utils.data.Dataset`, *optional*):
             This member's training set (another augmentation, say). It must give as many steps an epoch as the others.
         data_collator (`Callable`, *optional*):
-            This member's collator. It may return soft labels of shape `(batch, num_labels)`, as timm's Mixup and
-            CutMix do; the loss is then the soft cross-entropy.
+            This member's collator. One that returns soft labels of shape `(batch, num_labels)`, as timm's Mixup and
+            CutMix do, says so by an attribute `soft_labels = True`; the loss is then the soft cross-entropy.
         learning_rate (`float`, *optional*): This member's peak learning rate; the schedule's shape is shared.
         weight_decay (`float`, *optional*): This member's weight decay.
         label_smoothing_factor (`float`, *optional*):
@@ -97,6 +97,8 @@ class RecipeCollator:
         from timm.data.random_erasing import RandomErasing
 
         self.num_labels, self.mixup, self.cutmix, self.random_erasing = num_labels, mixup, cutmix, random_erasing
+        # What a trainer asks a collator, since labels do not say by themselves what they mean.
+        self.soft_labels = bool(mixup or cutmix)
         self._collate = collate
         # timm's default device is CUDA, and a collator works on the CPU.
         self._erase = RandomErasing(random_erasing, mode="pixel", device="cpu") if random_erasing else None

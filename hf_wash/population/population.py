@@ -53,6 +53,7 @@ class Population:
         self.per_process = size // world_size
         self.indices = range(rank * self.per_process, (rank + 1) * self.per_process)
         self.members: list[nn.Module] = []
+        self._wholes: list[nn.Module] | None = None
         self.streams = RandomStreams(device)
 
     def owner(self, index: int) -> int:
@@ -63,6 +64,15 @@ class Population:
         """Append the next local member, with the state its random streams start in."""
         self.streams.set_state(self.indices[len(self.members)], stream)
         self.members.append(member)
+
+    @property
+    def wholes(self) -> list[nn.Module]:
+        """All that learns of each local member: its model, and what else was said to learn with it."""
+        return self.members if self._wholes is None else self._wholes
+
+    @wholes.setter
+    def wholes(self, wholes: list[nn.Module]) -> None:
+        self._wholes = wholes
 
     def __iter__(self) -> Iterator[tuple[int, nn.Module]]:
         """This process's members with their indices in the population."""
@@ -165,12 +175,12 @@ class Population:
         def tensors_of(member: nn.Module) -> dict[str, torch.Tensor]:
             return {name: value for name, value in member.state_dict().items() if name not in exclude}
 
-        template = tensors_of(self.members[0])
+        template = tensors_of(self.wholes[0])
         received: dict[str, torch.Tensor] | None = None
         for index in range(self.size):
             source = self.owner(index)
             if source == self.rank:
-                state = tensors_of(self.members[index - self.indices[0]])
+                state = tensors_of(self.wholes[index - self.indices[0]])
                 self.broadcast_tensors(list(state.values()), source)
             else:
                 if received is None:
@@ -193,8 +203,8 @@ class MemberWeights(Mapping[str, torch.Tensor]):
 
     def __init__(self, population: Population, index: int, exclude: Collection[str] = ()):
         self._population, self._source = population, population.owner(index)
-        local = population.members[index - population.indices[0]] if index in population.indices else None
-        template = (local if local is not None else population.members[0]).state_dict()
+        local = population.wholes[index - population.indices[0]] if index in population.indices else None
+        template = (local if local is not None else population.wholes[0]).state_dict()
         self._is_local = local is not None
         self._tensors = {name: value for name, value in template.items() if name not in exclude}
 

@@ -1,12 +1,52 @@
 """The ensemble of a population, as one module."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+
+def mean_prediction(logits: Iterable[torch.Tensor], kind: str = "single_label_classification") -> torch.Tensor:
+    """
+    What an ensemble answers: the mean of the members' predictions, summed in the order given. Finite for finite logits,
+    however confident.
+
+    Args:
+        logits (iterable of `torch.Tensor`):
+            Each member's logits, all of one shape `(..., num_labels)`, in at least float32.
+        kind (`str`, *optional*, defaults to `"single_label_classification"`):
+            transformers' name of the task. `"single_label_classification"`: the logarithm of the mean of the softmax.
+            `"multi_label_classification"`: the log-odds of the mean of each label's probability. `"regression"` and
+            `"logits"`: the mean of the outputs themselves.
+
+    Returns:
+        `torch.Tensor` of the members' shape and dtype.
+    """
+    totals: list[torch.Tensor] = []
+    count = 0
+    for value in logits:
+        # Added as logarithms: a probability too small for a float would make the answer minus infinity.
+        if kind == "single_label_classification":
+            parts = [functional.log_softmax(value, dim=-1)]
+        elif kind == "multi_label_classification":
+            parts = [functional.logsigmoid(value), functional.logsigmoid(-value)]
+        else:
+            parts = [value]
+        if not totals:
+            totals = [part.clone() for part in parts]
+        elif kind in ("regression", "logits"):
+            totals = [total + part for total, part in zip(totals, parts, strict=True)]
+        else:
+            totals = [torch.logaddexp(total, part) for total, part in zip(totals, parts, strict=True)]
+        count += 1
+    if kind == "multi_label_classification":
+        return totals[0] - totals[1]
+    if kind == "single_label_classification":
+        return totals[0] - torch.log(torch.tensor(count, dtype=totals[0].dtype, device=totals[0].device))
+    return totals[0] / count
 
 
 class Ensemble(nn.Module):
@@ -64,25 +104,19 @@ class Ensemble(nn.Module):
             What members return: a tensor of shape `(batch_size, num_classes)`, or an output of the members' class with
             `logits` (and `loss`) and nothing else, or a tuple of these. At least float32.
         """
-        total: Any = None
         first: Any = None
-        for member in self.members:
-            output = member(*args, **kwargs)
-            first = output if first is None else first
-            logits = _logits(output)
-            # Half precision is too coarse to be summed or exponentiated in.
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            if self.average == "probabilities":
-                logits = functional.log_softmax(logits, dim=-1)
-                # Added as logarithms: a probability too small for a float would make the answer minus infinity.
-                total = logits if total is None else torch.logaddexp(total, logits)
-            else:
-                total = logits if total is None else total + logits
-        count = len(self.members)
-        if self.average == "probabilities":
-            mean = total - torch.log(torch.tensor(count, dtype=total.dtype, device=total.device))
-        else:
-            mean = total / count
+
+        def answers() -> Iterator[torch.Tensor]:
+            nonlocal first
+            for member in self.members:
+                output = member(*args, **kwargs)
+                first = output if first is None else first
+                logits = _logits(output)
+                # Half precision is too coarse to be summed or exponentiated in.
+                yield logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+        kind = "single_label_classification" if self.average == "probabilities" else "logits"
+        mean = mean_prediction(answers(), kind)
         loss = None if labels is None else functional.cross_entropy(mean, labels.to(mean.device))
         if isinstance(first, torch.Tensor):
             return mean if loss is None else (loss, mean)

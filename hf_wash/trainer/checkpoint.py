@@ -71,7 +71,7 @@ def write(
     node: int,
     leads: bool,
     write_soup: Callable[[Path], dict[str, torch.Tensor]],
-    member_part: Callable[[int, int, nn.Module], tuple[dict[str, torch.Tensor], Mapping[str, Any] | None, Any]],
+    member_part: Callable[[int, int], tuple[dict[str, torch.Tensor], Mapping[str, Any] | None, Any]],
     describe: Callable[[], dict[str, Any]],
 ) -> None:
     """
@@ -83,8 +83,7 @@ def write(
         node (`int`): The machine whose folder this process writes to.
         leads (`bool`): Whether this process writes what is not a member's; one does for each folder.
         write_soup (`Callable`): Writes that into the staged checkpoint; returns what all members share, by name.
-        member_part (`Callable`): From a member's place in this process, its index and the member: its tensors and, to
-            resume from, its part of the training's state and its random streams; else `None` twice.
+        member_part (`Callable`): From a member's place in this process and its index: its tensors and, to resume from, its part of the training's state and its random streams; else `None` twice.
         describe (`Callable`): Returns the manifest, without members and files.
 
     Raises:
@@ -110,8 +109,8 @@ def write(
             # Other processes write their members meanwhile.
             own = [path for path in staging.rglob("*") if path.is_file() and not _is_of_a_member(path, staging)]
             records |= file_records(staging, own)
-        for slot, (index, member) in enumerate(population):
-            files = write_member(staging / f"member_{index}", *member_part(slot, index, member))
+        for slot, index in enumerate(population.indices):
+            files = write_member(staging / f"member_{index}", *member_part(slot, index))
             records |= file_records(staging, files)
         return node, list(population.indices), records
 
@@ -341,6 +340,11 @@ def _checked(population: Population, work: Callable[[], Any]) -> list:
     return [value for value, _ in outcomes]
 
 
+def as_architecture(listing: list) -> list[tuple]:
+    """An architecture that has been through JSON."""
+    return [(name, tuple(shape), dtype, trained) for name, shape, dtype, trained in listing]
+
+
 def _folders(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
 
@@ -357,6 +361,11 @@ def read_weights(member: nn.Module, path: Path) -> None:
         for name, value in load_file(path).items():
             if name not in own:
                 raise InvalidCheckpoint(f"`{path}` holds `{name}`, which the model has not")
+            if own[name].shape != value.shape and not isinstance(own[name], nn.Parameter):
+                # A buffer that has grown while training.
+                module, _, last = name.rpartition(".")
+                member.get_submodule(module).register_buffer(last, value.to(own[name].device, own[name].dtype))
+                continue
             if own[name].shape != value.shape:
                 raise InvalidCheckpoint(
                     f"`{path}` holds `{name}` of shape {tuple(value.shape)}, the model's is {tuple(own[name].shape)}"

@@ -1,95 +1,66 @@
 """
-Each member's own view of the training data, and how evaluation batches are dealt to processes.
+Each member's own view of the training data.
 
 A member's loader yields, batch for batch and draw for draw, what a plain one-process Trainer's would. What is done
 with a batch is the trainer's business.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from accelerate.data_loader import DataLoaderShard, skip_first_batches
 from accelerate.utils import send_to_device
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset
-from transformers.trainer_utils import has_length, seed_worker
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from transformers.trainer_utils import has_length
 
 from ..population import Population
 
 
-class OneProcessLoaders:
-    """
-    Stands in for the accelerator while the Trainer builds a data loader, and prepares it as an accelerator of one
-    process would. The real one would deal the data out, so that each member saw 1/N of it, and send rank 0's batches
-    to everyone where the data set is iterable.
-
-    Args:
-        accelerator (`accelerate.Accelerator`): Whose data-loader options apply.
-        data_seed (`int`, *optional*): The seed of the sampler; `None` takes the seed of torch's global generator.
-    """
-
-    def __init__(self, accelerator, data_seed: int | None = None):
-        self._accelerator = accelerator
-        self._data_seed = data_seed
-
-    def prepare(self, dataloader: DataLoader) -> DataLoader:
-        """A loader that gives this process all batches and shares nothing with other processes."""
-        if isinstance(dataloader.worker_init_fn, partial) and dataloader.worker_init_fn.func is seed_worker:
-            # Trainer seeds workers by rank; a member's workers are those of a run on one process.
-            dataloader.worker_init_fn = partial(seed_worker, num_workers=dataloader.num_workers, rank=0)
-        return prepare_data_loader(
-            dataloader,
-            num_processes=1,
-            process_index=0,
-            put_on_device=False,
-            dispatch_batches=False,
-            use_seedable_sampler=self._accelerator.use_seedable_sampler,
-            data_seed=self._data_seed,
-        )
-
-
 class MemberLoader:
     """
-    Iterates over one member's data loader, one batch ahead as Accelerate's loader does: with augmentation and dropout
-    drawing from one stream, another order of draws would be another run.
+    Iterates over one member's data loader as the Trainer does over its own: one batch ahead where the loader is
+    Accelerate's, which reads ahead, batch by batch where it is another. With augmentation and dropout drawing from one
+    stream, another order of draws would be another run.
 
     All methods are called with the member's streams active.
 
     Args:
-        dataloader (`DataLoader`): From [`OneProcessLoaders`].
+        dataloader (`DataLoader`): What the Trainer would train on.
         member (`int`): The member's index.
         population ([`Population`]): Whose streams batches are drawn from.
         non_blocking (`bool`, *optional*, defaults to `False`): How batches are copied to the device.
     """
 
-    def __init__(self, dataloader: DataLoader, member: int, population: Population, non_blocking: bool = False):
+    def __init__(self, dataloader: Any, member: int, population: Population, non_blocking: bool = False):
         self.dataloader = dataloader
         self.member = member
         self._streams = population.streams
         self._device = population.device
         self._non_blocking = non_blocking
+        self._reads_ahead = isinstance(dataloader, DataLoaderShard)
         self._iterator: Iterator | None = None
         self._upcoming: Any = None
+        self._is_drawn = False
         # Where the streams stood when the epoch began, and before the batch that waits was drawn: what it takes to
         # draw that batch again.
         self._epoch_start: dict | None = None
         self._before_upcoming: dict | None = None
-        self.exhausted = False
+        self._ended = False
 
     def start(self, epoch: int) -> None:
-        """Begin an epoch and draw its first batch."""
+        """Begin an epoch and, where the loader reads ahead, draw its first batch."""
         self._epoch_start = self._streams.capture()
-        self.dataloader.set_epoch(epoch)
-        # The base loader: Accelerate's own iteration would read ahead a second time.
-        self._iterator = iter(self.dataloader.base_dataloader)
-        self._draw()
+        self._iterator = self._iterate(self.dataloader, epoch)
+        self._forget()
+        if self._reads_ahead:
+            self._draw()
 
     def resume(self, epoch: int, position: int, state: dict) -> None:
         """
-        Begin an epoch in its middle, as the undisturbed run stood there.
+        Go on in the middle of an epoch.
 
         Args:
             epoch (`int`): The epoch.
@@ -98,34 +69,71 @@ class MemberLoader:
         """
         self._streams.restore(state["epoch_start"])
         self._epoch_start = state["epoch_start"]
-        replay = self.dataloader.num_workers > 0 or isinstance(self.dataloader.dataset, IterableDataset)
+        workers = getattr(self.dataloader, "num_workers", 0) > 0
+        known = isinstance(self.dataloader, DataLoader) and not isinstance(self.dataloader.dataset, IterableDataset)
+        replay = workers or not known
         loader = self.dataloader if replay else skip_first_batches(self.dataloader, position)
-        loader.set_epoch(epoch)
-        self._iterator = iter(loader.base_dataloader)
+        self._iterator = self._iterate(loader, epoch)
         if replay:
             # Workers draw from streams that depend on all they have drawn before, so they draw it again.
             for _ in range(position):
                 next(self._iterator)
-        self._streams.restore(state["before_upcoming"])
-        self._draw()
+        self._forget()
+        if state["before_upcoming"] is not None:
+            self._streams.restore(state["before_upcoming"])
+            self._draw()
+
+    @staticmethod
+    def _iterate(dataloader: Any, epoch: int) -> Iterator:
+        if hasattr(dataloader, "set_epoch"):
+            dataloader.set_epoch(epoch)
+        # As Trainer does: Accelerate's `set_epoch` does not reach the sampler of a wrapped batch sampler.
+        sampler = getattr(getattr(dataloader, "batch_sampler", None), "batch_sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        # The base loader: Accelerate's own iteration would read ahead a second time.
+        return iter(getattr(dataloader, "base_dataloader", dataloader))
+
+    def _forget(self) -> None:
+        self._upcoming, self._is_drawn, self._ended, self._before_upcoming = None, False, False, None
 
     def _draw(self) -> None:
-        self._before_upcoming = self._streams.capture()
+        if self._reads_ahead:
+            self._before_upcoming = self._streams.capture()
         try:
             self._upcoming = next(self._iterator)
-            self.exhausted = False
         except StopIteration:
-            self._upcoming, self.exhausted = None, True
+            self._upcoming, self._ended = None, True
+        self._is_drawn = True
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the epoch has no further batch."""
+        if not self._is_drawn:
+            self._draw()
+        return self._ended
 
     def next(self) -> Any:
         """The next batch, on the device. Only if not `exhausted`."""
         batch = send_to_device(self._upcoming, self._device, non_blocking=self._non_blocking)
-        self._draw()
+        self._upcoming, self._is_drawn = None, False
+        if self._reads_ahead:
+            self._draw()
         return batch
 
     def state(self) -> dict:
         """What [`resume`] needs, beside the position."""
         return {"epoch_start": self._epoch_start, "before_upcoming": self._before_upcoming}
+
+
+class MembersLoader(DataLoader):
+    """The loader the Trainer iterates over: a list of batches at a time, one for each local member."""
+
+    @property
+    def total_batch_size(self) -> int | None:
+        """Examples in a batch of one member, as Accelerate's loaders have it."""
+        loader = self.dataset.loaders[0].dataloader
+        return getattr(loader, "total_batch_size", getattr(loader, "batch_size", None))
 
 
 class MemberBatches(IterableDataset):
@@ -176,9 +184,9 @@ class MemberBatches(IterableDataset):
         self._epochs_before = saved["epoch"] - trainer_epoch if saved["position"] and placeholders else 0
         self._resume = {"placeholders": placeholders, "position": saved["position"], "states": states}
 
-    def as_dataloader(self) -> DataLoader:
+    def as_dataloader(self) -> MembersLoader:
         """The loader the Trainer iterates over. Its own generator keeps its seed draw out of the members' streams."""
-        return DataLoader(self, batch_size=None, collate_fn=_unchanged, generator=torch.Generator())
+        return MembersLoader(self, batch_size=None, collate_fn=_unchanged, generator=torch.Generator())
 
     def __iter__(self) -> Iterator[list | None]:
         streams = self.population.streams
@@ -204,7 +212,10 @@ class MemberBatches(IterableDataset):
             yield batches
 
     def _any_exhausted(self) -> bool:
-        exhausted = any(loader.exhausted for loader in self.loaders)
+        exhausted = False
+        for loader in self.loaders:
+            self.population.streams.activate(loader.member)
+            exhausted = loader.exhausted or exhausted
         if self.sized or self.population.world_size == 1:
             return exhausted
         # Streams may end at different steps on different processes. An epoch ends for all when it ends for one, or
@@ -268,57 +279,6 @@ def _choose(dataset: Dataset, indices: Sequence[int]) -> Dataset:
     return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
 
 
-class _DealtBatchSampler(BatchSampler):
-    """Every `num_parts`-th batch of a batch sampler, whole and without padding, beginning with batch `part`."""
-
-    def __init__(self, batch_sampler, part: int, num_parts: int):
-        self.batch_sampler, self.part, self.num_parts = batch_sampler, part, num_parts
-        self.batch_size = getattr(batch_sampler, "batch_size", None)
-        self.drop_last = getattr(batch_sampler, "drop_last", False)
-
-    def __iter__(self):
-        return itertools.islice(iter(self.batch_sampler), self.part, None, self.num_parts)
-
-    def __len__(self):
-        return len(range(self.part, len(self.batch_sampler), self.num_parts))
-
-
-def deal_batches(dataloader: DataLoader, part: int, num_parts: int) -> Iterator[tuple[int, Any]]:
-    """
-    Process `part`'s share of an evaluation, as `(index of the batch, batch)`: whole batches, in turn, so that what all
-    processes report together is what one would. A stream is read by every process, which keeps its share.
-
-    Args:
-        dataloader (`DataLoader`): Over all batches.
-        part (`int`): This process.
-        num_parts (`int`): Number of processes.
-    """
-    indices = itertools.count(part, num_parts)
-    if num_parts == 1:
-        return zip(indices, dataloader, strict=False)
-    if isinstance(dataloader.dataset, IterableDataset):
-        return zip(indices, itertools.islice(iter(dataloader), part, None, num_parts), strict=False)
-    dealt = DataLoader(
-        dataloader.dataset,
-        batch_sampler=_DealtBatchSampler(dataloader.batch_sampler, part, num_parts),
-        num_workers=dataloader.num_workers,
-        collate_fn=dataloader.collate_fn,
-        pin_memory=dataloader.pin_memory,
-        worker_init_fn=dataloader.worker_init_fn,
-        multiprocessing_context=dataloader.multiprocessing_context,
-        prefetch_factor=dataloader.prefetch_factor,
-    )
-    return zip(indices, dealt, strict=False)
-
-
-def has_labels(dataset: Dataset, collate: Callable, names: list[str]) -> bool:
-    """
-    Whether a batch of the data set has labels. Draws one example.
-
-    Args:
-        dataset (`Dataset`): Indexable and not empty.
-        collate (`Callable`): From a list of examples to a batch.
-        names (`list[str]`): What labels may be called in a batch.
-    """
-    batch = collate([dataset[0]])
+def has_labels(batch: Any, names: list[str]) -> bool:
+    """Whether a batch has labels, as far as that can be told."""
     return any(batch.get(name) is not None for name in names) if hasattr(batch, "get") else True

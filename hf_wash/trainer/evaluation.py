@@ -1,11 +1,10 @@
 """
-Metrics of the soup, of each member and of the ensemble, the same on every process and on every layout.
+Metrics of each member and of the ensemble beside the soup's, the same on every process and on every layout.
 
-Batches are dealt whole and combined in their order, so what several processes report is what one would. How a model
-predicts a batch and what the losses are is passed in.
+The soup's are the Trainer's own. How a member predicts a batch, and what its loss is, is passed in.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import EvalPrediction
-from transformers.trainer_pt_utils import EvalLoopContainer, find_batch_size, nested_numpify
+from transformers.trainer_pt_utils import EvalLoopContainer, nested_numpify
 from transformers.trainer_utils import denumpify_detensorize
+
+from ..population import Population
+from ..soup.ensemble import mean_prediction
 
 
 @dataclass
@@ -34,12 +36,6 @@ class Predictions:
         values = {"loss": loss, "logits": logits, "labels": labels, "inputs": inputs}
         stored = {name: nested_numpify(value) if value is not None else None for name, value in values.items()}
         self.batches[index] = {"size": size, **stored}
-
-    @staticmethod
-    def merge(parts: Iterable["Predictions"]) -> "Predictions":
-        """The batches of several processes, in the order of the data."""
-        batches = {index: batch for part in parts for index, batch in part.batches.items()}
-        return Predictions({index: batches[index] for index in sorted(batches)})
 
     @property
     def num_samples(self) -> int:
@@ -153,72 +149,111 @@ def population_metrics(members: Sequence[dict[str, float]], ensemble: dict[str, 
     return metrics
 
 
-def ensemble_logits(logits: torch.Tensor, problem_type: str | None = None) -> torch.Tensor:
+def ensemble_kind(model: nn.Module) -> str | None:
     """
-    The ensemble's prediction: the mean of the members' probabilities, in float64, summed in member order.
+    The task of a model's head, where an ensemble of its kind is defined: transformers' `problem_type`, set or, as its
+    own losses take it, regression for one label. `None` for everything that is not one prediction for an example.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(model, "config", None)
+    heads = ("ForImageClassification", "ForSequenceClassification", "ForAudioClassification", "ForVideoClassification")
+    if config is None or not type(model).__name__.endswith(heads):
+        return None
+    if config.problem_type is not None:
+        return config.problem_type
+    return "regression" if config.num_labels == 1 else "single_label_classification"
+
+
+def held_out_score(
+    predictions: Predictions,
+    kind: str | None,
+    metric: str | None,
+    greater_is_better: bool | None,
+    compute_metrics: Callable[..., dict] | None,
+) -> float:
+    """
+    What a greedy soup is chosen by, higher is better: `metric_for_best_model` where it is set, else the accuracy of a
+    single-label classifier, else minus the loss.
 
     Args:
-        logits (`torch.Tensor` of shape `(N, batch, num_labels)`): The members'.
-        problem_type (`str`, *optional*): transformers' name of the task. `"multi_label_classification"` averages
-            each label's probability, `"regression"` the outputs themselves; everything else is a softmax.
+        predictions ([`Predictions`]): On the held-out examples.
+        kind (`str`, *optional*): [`ensemble_kind`] of the model.
+        metric (`str`, *optional*): `metric_for_best_model`.
+        greater_is_better (`bool`, *optional*): Whether that is one of which more is better.
+        compute_metrics (`Callable`, *optional*): The user's.
 
-    Returns:
-        `torch.Tensor` of shape `(batch, num_labels)`, float32, on the CPU: logits that give the mean probabilities
-        (their logarithm, for a softmax).
+    Raises:
+        ValueError: for a metric that is not among those computed.
     """
-    logits = logits.detach().cpu().double()
-    if problem_type == "regression":
-        return _ordered_mean(logits).float()
-    if problem_type == "multi_label_classification":
-        return torch.logit(_ordered_mean(logits.sigmoid())).float()
-    return _ordered_mean(logits.softmax(-1)).log().float()
+    if metric is None and kind == "single_label_classification":
+        right = sum(int((b["logits"].argmax(-1) == b["labels"]).sum()) for b in predictions.batches.values())
+        return right / predictions.num_samples
+    name = (metric or "loss").removeprefix("eval_")
+    metrics = summarize(predictions, compute_metrics if name != "loss" else None, "eval", skip_non_finite_losses=False)
+    if name not in metrics:
+        raise ValueError(
+            f"`soup='greedy'` is to be chosen by `metric_for_best_model={metric!r}`, which is not among the metrics "
+            f"of held-out training data: {', '.join(metrics)}."
+        )
+    return metrics[name] if metric is not None and greater_is_better else -metrics[name]
 
 
-def _ordered_mean(values: torch.Tensor) -> torch.Tensor:
-    total = values[0].clone()
-    for value in values[1:]:
-        total += value
-    return total / len(values)
-
-
-def predict_batches(
-    models: Sequence[nn.Module],
-    batches: Iterable[tuple[int, Any]],
-    step: Callable[[nn.Module, Any], tuple],
-    *,
-    main_input: str | None = None,
-    preprocess_logits: Callable | None = None,
-    on_batch: Callable[[], None] = lambda: None,
-    together: Callable[[int, int, list, Any, Any], None] | None = None,
-) -> list[Predictions]:
+class BesideTheSoup:
     """
-    Let each model predict each batch, drawing every batch once.
+    What the members and their ensemble predict on the batches of the soup's evaluation, batch by batch, so that
+    nobody's predictions are kept where only losses count.
 
     Args:
-        models (`Sequence[nn.Module]`): In eval mode.
-        batches (`Iterable`): Of `(index, batch)`.
-        step (`Callable`): From a model and a batch to its `(loss, logits, labels)`.
-        main_input (`str`, *optional*): Also keep this entry of each batch.
-        preprocess_logits (`Callable`, *optional*): From logits and labels to what is kept of the logits.
-        on_batch (`Callable`, *optional*): Called after each batch.
-        together (`Callable`, *optional*): Called after each batch with its index, its size, all models' logits, the
-            labels and the entry that is kept.
-
-    Returns:
-        `list[Predictions]`: One for each model.
+        population ([`Population`]): The members.
+        kind (`str`, *optional*): [`ensemble_kind`] of the members; `None` for no ensemble.
+        ensemble_loss (`Callable`): From the ensemble's logits and the labels to its loss, a scalar.
+        keep (`bool`): Whether predictions are kept.
+        preprocess (`Callable`, *optional*): From logits and labels to what is kept of the logits.
     """
-    results = [Predictions() for _ in models]
-    for index, inputs in batches:
-        size = find_batch_size(inputs) or 0
-        all_logits, labels = [], None
-        kept = inputs[main_input] if main_input is not None else None
-        for model, result in zip(models, results, strict=True):
-            loss, logits, labels = step(model, inputs)
-            all_logits.append(logits)
-            if preprocess_logits is not None and logits is not None:
-                logits = preprocess_logits(logits, labels)
-            result.add(index, size, loss, logits, labels, kept)
-        if together is not None:
-            together(index, size, all_logits, labels, kept)
-        on_batch()
-    return results
+
+    def __init__(
+        self,
+        population: Population,
+        kind: str | None,
+        ensemble_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        keep: bool,
+        preprocess: Callable | None,
+    ):
+        self._population, self._kind, self._ensemble_loss = population, kind, ensemble_loss
+        self._keep, self._preprocess = keep, preprocess
+        self.members = [Predictions() for _ in population.members]
+        self.ensemble = Predictions()
+        self._batches = 0
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether members have to say more than their loss."""
+        return self._keep or self._kind is not None
+
+    def add(self, results: Sequence[tuple], size: int, inputs: Any = None, labels: Any = None) -> None:
+        """
+        *Collective.* A batch.
+
+        Args:
+            results (`Sequence[tuple]`): Each local member's `(loss, logits, labels)`.
+            size (`int`): Examples in the batch.
+            inputs (*optional*): What of the batch is kept for the metrics.
+            labels (*optional*): The labels, for the ensemble's loss.
+        """
+        index, self._batches = self._batches, self._batches + 1
+        for predictions, (loss, logits, own_labels) in zip(self.members, results, strict=True):
+            self._store(predictions, index, size, loss, logits, own_labels, inputs)
+        if self._kind is None or any(logits is None for _, logits, _ in results):
+            return
+        own = torch.stack([logits.detach().contiguous() for _, logits, _ in results])
+        mean = mean_prediction(self._population.gather_tensors(own).cpu().double(), self._kind).float()
+        loss = self._ensemble_loss(mean, labels) if isinstance(labels, torch.Tensor) else None
+        self._store(self.ensemble, index, size, loss, mean, results[0][2], inputs)
+
+    def _store(self, predictions: Predictions, index: int, size: int, loss, logits, labels, inputs) -> None:
+        if not self._keep:
+            predictions.add(index, size, loss)
+            return
+        if self._preprocess is not None and logits is not None:
+            logits = self._preprocess(logits, labels)
+        predictions.add(index, size, loss, logits, labels, inputs)

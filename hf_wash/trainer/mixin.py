@@ -1,59 +1,45 @@
 """
-[`WashTrainer`]: a population in the place of one model. Thin overrides of the [`~transformers.Trainer`]'s seams, and
-the only file that knows them.
+[`PopulationMixin`]: a population in the place of a Trainer's one model, in the order of a run; [`WashTrainer`].
 
-What happens in a step, and which room does it: a batch for each member (`data`), each member's own forward, backward
-and clipping (here), one optimizer step, the exchange (`mixing`). What the user calls between steps is the soup
-(`soup`), evaluated beside its members (`evaluation`) and saved for the Hub (`hub`).
+Each seam of the [`~transformers.Trainer`] is a few lines here and calls `super()` for each member, or for the soup.
+What takes more is a service that holds no trainer: `member`, `data`, `mixing_run`, `log`, `served_soup`, `evaluation`,
+`checkpoint`, `refusals`; cards and uploads are in `publishing`.
 """
 
+import atexit
 import contextlib
 import copy
+import functools
+import inspect
 import math
 import os
 import shutil
-import signal
-import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 from transformers.modeling_utils import unwrap_model
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_pt_utils import LabelSmoother
+from transformers.trainer_pt_utils import LabelSmoother, find_batch_size
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
-    HubStrategy,
     SaveStrategy,
     enable_full_determinism,
     has_length,
     rotate_checkpoints,
 )
-from transformers.utils import PushInProgress, logging
+from transformers.utils import logging
 
 from .. import __version__
-from ..config import ENOUGH_SHUFFLES, WashConfig
-from ..hub import export_model
-from ..hub.card import WashCard
-from ..hub.describe import describe_run
-from ..hub.export import folder_problem
-from ..hub.push import (
-    PushError,
-    create_repository,
-    explain,
-    push_folder,
-    push_in_background,
-    remove_snapshots,
-    root_files,
-)
-from ..hub.record import last_evaluation, write_record
-from ..mixing import WashMixer
+from ..config import ENOUGH_SHUFFLES, LARGEST_FITTED_PROBABILITY, WashConfig
+from ..hub.export import check_export, export_model, folder_problem, is_image_classifier, writing_here
+from ..hub.push import LOCAL_MEMBERS
 from ..population import MemberOverrides, Population, copy_member, share_frozen
 from ..population.agreement import (
     check_agreement,
@@ -62,117 +48,63 @@ from ..population.agreement import (
     first_difference,
     weights_digest,
 )
-from ..population.consensus import ConsensusSample, squared_distance
-from ..soup import GreedySoupRecord, greedy_soup, has_batch_norm, recalibrate_batch_norm, uniform_soup
+from ..population.consensus import ConsensusSample
+from ..soup import has_batch_norm, recalibrate_batch_norm
 from . import checkpoint as checkpoints
-from . import evaluation
-from .data import (
-    MemberBatches,
-    MemberLoader,
-    OneProcessLoaders,
-    deal_batches,
-    has_labels,
-    hold_out,
-    shard_for_member,
+from . import evaluation, refusals
+from .data import MemberBatches, MemberLoader, MembersLoader, has_labels, hold_out, shard_for_member
+from .log import MemberLog
+from .member import (
+    LocalMembers,
+    Member,
+    MemberAccelerator,
+    arguments_of_member,
+    around_another,
+    as_member,
+    find_around,
+    whole_of,
 )
+from .mixing_run import MixingRun
+from .publishing import Publishing
+from .served_soup import ServedSoup
 
 
 logger = logging.get_logger(__name__)
 
-MEMBERS_FOLDER = "_members"
 DEFAULT_POPULATION_SIZE = 4
-# Above it members are hardly members any more: half of a first layer would change hands at each step.
-LARGEST_SENSIBLE_PROBABILITY = 0.5
 # Seeds of what is drawn outside of the members' streams: far from those of members, `seed + k`.
 RECALIBRATION_SEED_OFFSET, HOLDOUT_SEED_OFFSET = 1_000_003, 1_000_033
 
 
-class _LocalMembers(nn.Module):
-    """What the Trainer's loop takes for the model: this process's members. It is never called."""
+@functools.cache
+def _end_process_group_at_exit() -> None:
+    # gloo aborts a process whose group is still alive when the interpreter ends, after everything has been saved.
+    def end() -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
-    def __init__(self, members: list[nn.Module]):
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-
-class _MixAfterOptimizerStep(TrainerCallback):
-    """The exchange: after every optimizer step, before the step is logged, evaluated or saved."""
-
-    def __init__(self, trainer: "WashTrainer"):
-        self._trainer = trainer
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self._trainer._mix(state.global_step + 1)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if args.enable_jit_checkpoint:
-            self._trainer._stop_signal = _StopSignal()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self._trainer._stop_agreed:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._trainer._stop_signal is not None:
-            self._trainer._stop_signal.release()
-            self._trainer._stop_signal = None
+    atexit.register(end)
 
 
-class _StopSignal:
+class PopulationMixin(Publishing):
     """
-    SIGTERM as a request to stop at the next step. Trainer's own just-in-time checkpointing (5.23) saves wherever the
-    signal finds each process, at different steps; here the request travels with the exchange, and all processes save
-    at the step they agree on.
-    """
+    Makes a population of any [`~transformers.Trainer`]: put it in front of the Trainer, and [`PopulationArguments`] in
+    front of its arguments.
 
-    # As Trainer's: a SIGKILL that follows at once leaves no time for a checkpoint, so do not begin one.
-    WAIT_SECONDS = 3
-
-    def __init__(self):
-        self.requested = False
-        self._before = signal.signal(signal.SIGTERM, self._on_signal)
-
-    def _on_signal(self, number, frame) -> None:
-        logger.info(f"SIGTERM received: a checkpoint is written in {self.WAIT_SECONDS} s, and training stops.")
-        timer = threading.Timer(self.WAIT_SECONDS, self._request)
-        timer.daemon = True
-        timer.start()
-
-    def _request(self) -> None:
-        self.requested = True
-
-    def release(self) -> None:
-        """Give the signal back."""
-        signal.signal(signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL)
-
-
-class WashTrainer(Trainer):
-    """
-    Trains a population of models that exchange a small random part of their weights after every optimizer step, as in
-    [WASH](https://hf.co/papers/2405.17517), and averages them into one *soup*.
-
-    It takes the Trainer's arguments. Member k is a plain one-process Trainer run with the seed `seed + k` and, unless
-    `same_init=False`, member 0's initial weights; without mixing it is that run bit for bit. Members are dealt to the
-    processes that `accelerate launch` or `torchrun` start, several to a process where there are more members than
-    processes; the result does not depend on how (on a CPU with the same number of threads, bit for bit).
+    Member k is a plain one-process run of that Trainer with the seed `seed + k` and, unless `same_init=False`, member
+    0's initial weights; without mixing it is that run bit for bit. Members are dealt to the processes that `accelerate
+    launch` or `torchrun` start, several to a process where there are more members than processes; the result does not
+    depend on how (on a CPU with the same number of threads, bit for bit).
 
     While training, `trainer.model` is this process's first member. In `evaluate`, `predict` and when saving, and after
     `train`, it is the soup, on every process. The members are `trainer.population.members` and stay as they are.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `torch.nn.Module`, *optional*):
-            The model all members start as. Pass this or `model_init`. A timm model goes in as
-            [`~transformers.TimmWrapperForImageClassification`].
-        args ([`WashConfig`], *optional*):
-            The options. Batch size, learning rate, epochs and so on are those of one member.
         members (`list[MemberOverrides]`, *optional*):
             For each of the N members, what it does differently.
-        data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func, compute_metrics, \
-        callbacks, optimizer_cls_and_kwargs, preprocess_logits_for_metrics:
-            As in [`~transformers.Trainer`].
-        optimizers (*optional*):
-            Refused for more than one member, whose parameters an optimizer made before them cannot hold: use
-            `optim` or `optimizer_cls_and_kwargs`.
+        *args, **kwargs:
+            The Trainer's own. `optimizers` is refused for more than one member, whose parameters an optimizer made
+            before them cannot hold: use `optim` or `optimizer_cls_and_kwargs`.
 
     Raises:
         ValueError: before anything has happened, for what cannot work: a population that does not divide among the
@@ -181,158 +113,76 @@ class WashTrainer(Trainer):
     Example:
 
     ```python
-    >>> from hf_wash import WashConfig, WashTrainer
+    >>> from dataclasses import dataclass
 
-    >>> args = WashConfig("soup", population_size=4, shuffle_probability=0.05, num_train_epochs=20)
-    >>> trainer = WashTrainer(model, args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
-    >>> trainer.train()
-    >>> trainer.save_model()  # the soup; AutoModelForImageClassification.from_pretrained("soup") loads it
+    >>> from hf_wash import PopulationArguments, PopulationMixin
+    >>> from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+
+    >>> class WashSeq2SeqTrainer(PopulationMixin, Seq2SeqTrainer): ...
+
+
+    >>> @dataclass
+    ... class WashSeq2SeqConfig(PopulationArguments, Seq2SeqTrainingArguments): ...
     ```
     """
 
-    def __init__(
-        self,
-        model=None,
-        args: WashConfig | None = None,
-        data_collator: Callable | None = None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        model_init: Callable[..., nn.Module] | None = None,
-        compute_loss_func: Callable | None = None,
-        compute_metrics: Callable | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple = (None, None),
-        optimizer_cls_and_kwargs: tuple | None = None,
-        preprocess_logits_for_metrics: Callable | None = None,
-        members: list[MemberOverrides] | None = None,
-    ):
-        if args is None:
-            args = WashConfig(output_dir="tmp_trainer")
-        self._refuse_what_cannot_work(args, model, model_init, optimizers, members)
-        self.args = args
-        size = args.population_size or (args.world_size if args.world_size > 1 else DEFAULT_POPULATION_SIZE)
-        self.population = Population(size, args.device, args.process_index, args.world_size)
+    # ---- Build -----------------------------------------------------------------------------------------------------
+
+    def __init__(self, *args, members: list[MemberOverrides] | None = None, **kwargs):
+        given = self._arguments_by_name(args, kwargs)
+        config, model = given.get("args"), given.get("model")
+        refusals.refuse_trainer(type(self))
+        refusals.refuse_args(config)
+        refusals.refuse_settings(config, model)
+        size = config.population_size or (config.world_size if config.world_size > 1 else DEFAULT_POPULATION_SIZE)
+        refusals.refuse_for_several(config, size, model, given.get("optimizers") or (None, None))
         if members is not None and len(members) != size:
             raise ValueError(f"`members` lists {len(members)} members, but the population has {size}.")
+        _end_process_group_at_exit()
+        self.args = config
+        self.population = self._empty_population(size)
         self._overrides = members if members is not None else [MemberOverrides() for _ in range(size)]
-        if size > 1 and any(part is not None for part in optimizers):
-            raise ValueError(
-                f"`optimizers` cannot serve a population of {size}: it was made before the members. Use `optim` or "
-                "`optimizer_cls_and_kwargs`."
-            )
-
-        self.mixer: WashMixer | None = None
-        self._soup: nn.Module | None = None
-        self._soup_key: tuple | None = None
-        self.greedy_record: GreedySoupRecord | None = None
-        self._is_soup = False
-        self._prepared: dict[int, nn.Module] = {}
-        self._trainings = 0
-        self._total_steps = 0
+        self._members: list[Member] | None = None
+        self._given_optimizer = (given.get("optimizers") or (None, None))[0] is not None
+        self.soup = ServedSoup()
+        self.mixing: MixingRun | None = None
+        self._log: MemberLog | None = None
+        self._line: tuple[dict[str, float], float] | None = None
+        self._beside: evaluation.BesideTheSoup | None = None
+        self._trainings = self._total_steps = 0
         self._evaluating = False
-        self._member_logs: dict[str, float] | None = None
-        self._last_rates: list[float] | None = None
-        self._stop_signal: _StopSignal | None = None
-        self._stop_agreed = False
         self._resume: dict[str, Any] | None = None
-        # Of all members since the run began; the seconds are this process's, those spent in the collective beside.
-        self.values_moved = self.bytes_exchanged = 0
-        self.mixing_seconds = self.mixing_wait_seconds = 0.0
 
         # Trainer's own just-in-time checkpointing saves at different steps on different processes.
-        jit_checkpoint, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            model_init=model_init,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
-        args.enable_jit_checkpoint = jit_checkpoint
+        jit_checkpoint, config.enable_jit_checkpoint = config.enable_jit_checkpoint, False
+        super().__init__(*args, **kwargs)
+        config.enable_jit_checkpoint = jit_checkpoint
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             which = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
             raise ValueError(
                 f"{which} is not supported yet: start a plain `accelerate launch --multi_gpu` or `torchrun`."
             )
-        if model_init is None:
-            self._populate(
-                lambda index: self.model if index == self.population.indices[0] else copy_member(self.model)
-            )
-            self._set_model(self.population.members[0])
+        if not self.population.members:
+            first = self.population.indices[0]
+            self._populate(lambda index: self.model if index == first else copy_member(self.model))
+            self._become(self.population.members[0])
         self._place_members()
-        self._smoothers = [self._smoother_of(overrides) for overrides in self._overrides]
-        # First, so that other callbacks see the population as it is after the exchange.
-        self.callback_handler.callbacks.insert(0, _MixAfterOptimizerStep(self))
 
-    # ---- What cannot work ----------------------------------------------------------------------------------------
+    def _arguments_by_name(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        parameters = inspect.signature(super().__init__).parameters
+        if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+            parameters = inspect.signature(Trainer.__init__).parameters
+            parameters = {name: p for name, p in parameters.items() if name != "self"}
+        return {**dict(zip(parameters, args, strict=False)), **kwargs}
 
-    @staticmethod
-    def _refuse_what_cannot_work(args, model, model_init, optimizers, members) -> None:
-        if not isinstance(args, WashConfig):
-            found = "`TrainingArguments`" if isinstance(args, TrainingArguments) else f"`{type(args).__name__}`"
-            raise ValueError(f"`args` must be a `WashConfig`, found {found}.")
-        problem = _folder_problem(Path(args.output_dir)) if args.should_save else None
-        if problem is not None:
-            raise ValueError(f"`output_dir` ({args.output_dir}) {problem}.")
-        if args.deepspeed:
-            raise ValueError("DeepSpeed is not supported yet: remove `deepspeed`.")
-        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-            raise ValueError(
-                "FSDP is not supported yet: remove `fsdp`, or the FSDP section of the launch configuration."
-            )
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-            raise ValueError("DeepSpeed is not supported yet: remove it from the launch configuration.")
-        if args.parallelism_config is not None or (getattr(model, "tp_size", None) or 1) > 1:
-            raise ValueError(
-                "Tensor, context and sequence parallelism are not supported yet: one device must hold a member."
-            )
-        if args.auto_find_batch_size and args.world_size > 1:
-            raise ValueError(
-                "`auto_find_batch_size` works on one process only: each process would settle on a batch size of its own."
-            )
-        if not args.same_init and model is not None:
-            raise ValueError(
-                "`same_init=False` needs `model_init`, a function that makes a model: a given `model` is one start only."
-            )
-        if args.neftune_noise_alpha is not None or args.use_liger_kernel:
-            raise ValueError(
-                "`neftune_noise_alpha` and `use_liger_kernel` patch one model and cannot serve a population."
-            )
-        if str(args.optim).rsplit(".", 1)[-1].lower() in ("lomo", "adalomo") or "layerwise" in str(args.optim):
-            raise ValueError(
-                f"`optim={args.optim}` steps inside the backward pass, where members cannot be told apart."
-            )
-        if args.world_size > 1 and args.train_sampling_strategy == "batch_rebalance":
-            raise ValueError(
-                "`train_sampling_strategy='batch_rebalance'` deals one data set to all processes; members see all of it."
-            )
-        if args.world_size > 1 and (args.accelerator_config.split_batches or args.accelerator_config.dispatch_batches):
-            raise ValueError(
-                "`split_batches` and `dispatch_batches` deal one batch to all processes; each member draws its own batches."
-            )
-        if model is not None and args.world_size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
-            raise ValueError("`SyncBatchNorm` would mix the statistics of members: use plain BatchNorm layers.")
-
-    def hyperparameter_search(self, *args, **kwargs):
-        """Not supported: a trial would have to rebuild the population on all processes alike."""
-        raise ValueError("`hyperparameter_search` is not supported for a population: start one run for each setting.")
-
-    # ---- The population ------------------------------------------------------------------------------------------
+    def _empty_population(self, size: int) -> Population:
+        return Population(size, self.args.device, self.args.process_index, self.args.world_size)
 
     def call_model_init(self, trial=None) -> nn.Module:
         """A new population from `model_init`, called for each member with its own seed. Returns the first local one."""
-        self.population = Population(
-            self.population.size, self.args.device, self.args.process_index, self.args.world_size
-        )
+        self.population = self._empty_population(self.population.size)
+        self._members = None
         make = super().call_model_init
         self._populate(lambda index: make(trial))
         if hasattr(self, "place_model_on_device"):
@@ -354,13 +204,8 @@ class WashTrainer(Trainer):
             self._start_from_member_0()
         for member in population.members[1:]:
             share_frozen(member, population.members[0])
-        self._prepared = {}
-        self._soup = self._soup_key = None
-        self._consensus_sample = ConsensusSample(population.members[0])
-        self._data_seeds = [
-            self.args.data_seed + index if self.args.data_seed is not None else None
-            for index in range(population.size)
-        ]
+        self._members = None
+        self.soup = ServedSoup()
 
     @torch.no_grad()
     def _start_from_member_0(self) -> None:
@@ -378,144 +223,149 @@ class WashTrainer(Trainer):
             for member in self.population.members:
                 self._move_model_to_device(member, self.args.device)
 
-    def _set_model(self, model: nn.Module) -> None:
+    @property
+    def members(self) -> list[Member]:
+        """What belongs to each member of this process, made when it is first needed."""
+        if self._members is None:
+            population = self.population
+            first = population.members[0]
+            around = find_around(self, first)
+            self._members = []
+            for index, model in population:
+                own = around if model is first else around_another(around, first, model)
+                data_seed = self.args.data_seed + index if self.args.data_seed is not None else None
+                accelerator = MemberAccelerator(self.accelerator, data_seed)
+                self._members.append(
+                    Member(index, model, self.args, accelerator, around=own, whole=whole_of(model, own))
+                )
+            if around:
+                population.wholes = [member.whole for member in self._members]
+            self._consensus_sample = ConsensusSample(population.wholes[0])
+            self._bring_members_up_to_date()
+        return self._members
+
+    def _bring_members_up_to_date(self) -> None:
+        """What members take over from the Trainer's arguments and data, which a user may have changed meanwhile."""
+        for member in self._members:
+            overrides = self._overrides[member.index]
+            own = {"seed": self.args.seed + member.index}
+            if self.args.data_seed is not None:
+                own["data_seed"] = self.args.data_seed + member.index
+            for name in ("learning_rate", "weight_decay"):
+                if getattr(overrides, name) is not None:
+                    own[name] = getattr(overrides, name)
+            member.args = arguments_of_member(self.args, **own)
+            member.train_dataset = self._data_of(member.index)
+            member.data_collator = overrides.data_collator or self.data_collator
+            factor = overrides.label_smoothing_factor
+            member.label_smoother = self.label_smoother
+            if factor is not None:
+                member.label_smoother = LabelSmoother(epsilon=factor) if factor else None
+
+    def _become(self, model: nn.Module, member: Member | None = None) -> None:
+        """Serve a model: a member, or the soup."""
         self.model = self.model_wrapped = model
+        if member is not None:
+            vars(self).update(member.around)
         if hasattr(self, "callback_handler"):
             self.callback_handler.model = model
 
-    def _smoother_of(self, overrides: MemberOverrides) -> LabelSmoother | None:
-        factor = overrides.label_smoothing_factor
-        if factor is None:
-            return self.label_smoother
-        return LabelSmoother(epsilon=factor) if factor else None
+    def hyperparameter_search(self, *args, **kwargs):
+        """Not supported: a trial would have to rebuild the population on all processes alike."""
+        raise ValueError("`hyperparameter_search` is not supported for a population: start one run for each setting.")
 
-    @contextlib.contextmanager
-    def _acting_as(self, index: int) -> Iterator[None]:
-        """Let the Trainer's own methods see member `index`'s data, collator and options."""
-        overrides = self._overrides[index]
-        before = (
-            self.train_dataset,
-            self.data_collator,
-            self.args.learning_rate,
-            self.args.weight_decay,
-            self.label_smoother,
-        )
-        if overrides.train_dataset is not None:
-            self.train_dataset = overrides.train_dataset
-        if self.train_dataset is not None and self._holds_out():
-            self.train_dataset = hold_out(self.train_dataset, self.args.soup_holdout, self.args.seed)[0]
-        if self.args.member_data == "shard" and self.train_dataset is not None and overrides.train_dataset is None:
-            self.train_dataset = shard_for_member(self.train_dataset, index, self.population.size)
-        if overrides.data_collator is not None:
-            self.data_collator = overrides.data_collator
-        if overrides.learning_rate is not None:
-            self.args.learning_rate = overrides.learning_rate
-        if overrides.weight_decay is not None:
-            self.args.weight_decay = overrides.weight_decay
-        self.label_smoother = self._smoothers[index]
-        try:
-            yield
-        finally:
-            (
-                self.train_dataset,
-                self.data_collator,
-                self.args.learning_rate,
-                self.args.weight_decay,
-                self.label_smoother,
-            ) = before
+    # ---- Data ------------------------------------------------------------------------------------------------------
 
-    # ---- Data ----------------------------------------------------------------------------------------------------
-
+    @property
     def _holds_out(self) -> bool:
         return self.args.soup == "greedy" and self.population.size > 1
 
-    def _get_dataloader(self, *args, **kwargs):
-        return self._one_process_dataloader(None, *args, **kwargs)
+    def _data_of(self, index: int) -> Any:
+        """What member `index` trains on: its own set or a part of the common one, without what is held out."""
+        own = self._overrides[index].train_dataset
+        data = own if own is not None else self.train_dataset
+        if data is not None and self._holds_out:
+            data = hold_out(data, self.args.soup_holdout, self.args.seed)[0]
+        if data is not None and own is None and self.args.member_data == "shard":
+            data = shard_for_member(data, index, self.population.size)
+        return data
 
-    def _one_process_dataloader(self, data_seed: int | None, *args, **kwargs):
-        accelerator = self.accelerator
-        self.accelerator = cast(Any, OneProcessLoaders(accelerator, data_seed))
-        try:
-            return super()._get_dataloader(*args, **kwargs)
-        finally:
-            self.accelerator = accelerator
-
-    def _member_dataloader(self, index: int):
-        """The training loader a plain one-process run of member `index` would have."""
-        with self._acting_as(index):
-            if self.train_dataset is None:
-                raise ValueError("Training needs a `train_dataset`.")
-            return self._one_process_dataloader(
-                self._data_seeds[index],
-                dataset=self.train_dataset,
-                description="Training",
-                batch_size=self._train_batch_size,
-                sampler_fn=self._get_train_sampler,
-                is_training=True,
-            )
-
-    def get_train_dataloader(self):
-        """A loader whose batches are lists, one batch for each member of this process."""
+    def _members_loader(self) -> MembersLoader:
+        """In the place of `get_train_dataloader`, once: each member's own loader, made as the Trainer makes it."""
+        del self.get_train_dataloader
         loaders = []
-        for index in self.population.indices:
-            with self.population.streams.use(index):
-                dataloader = self._member_dataloader(index)
-            loaders.append(
-                MemberLoader(dataloader, index, self.population, self.args.accelerator_config.non_blocking or False)
-            )
+        for member in self.members:
+            with self.population.streams.use(member.index), as_member(self, member, training=True):
+                loaders.append(
+                    MemberLoader(
+                        self.get_train_dataloader(),
+                        member.index,
+                        self.population,
+                        self.args.accelerator_config.non_blocking or False,
+                    )
+                )
         self._batches = MemberBatches(loaders, self.population)
         return self._batches.as_dataloader()
 
     def num_examples(self, dataloader) -> int:
         """Examples in the training set of the first local member, or in the loader's data set."""
-        if isinstance(getattr(dataloader, "dataset", None), MemberBatches):
-            return super().num_examples(dataloader.dataset.loaders[0].dataloader)
+        if isinstance(dataloader, MembersLoader):
+            dataloader = dataloader.dataset.loaders[0].dataloader
         return super().num_examples(dataloader)
 
-    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+    def get_total_train_batch_size(self, args) -> int:
         """Examples in one optimizer step of one member."""
         return self._train_batch_size * args.gradient_accumulation_steps
 
-    def _check_holdout(self) -> None:
-        data = [overrides.train_dataset for overrides in self._overrides] + [self.train_dataset]
-        lengths = {len(own) if has_length(own) else None for own in data if own is not None}
-        if len(lengths) > 1:
-            raise ValueError(
-                "`soup='greedy'` holds out the same examples of every member's training set, by their position, so "
-                f"those must be views of one set; they have {len(lengths)} different lengths."
-            )
-
     def _check_data(self) -> None:
-        if self._holds_out():
-            self._check_holdout()
+        if self._holds_out:
+            data = [overrides.train_dataset for overrides in self._overrides] + [self.train_dataset]
+            lengths = {len(own) if has_length(own) else None for own in data if own is not None}
+            if len(lengths) > 1:
+                raise ValueError(
+                    "`soup='greedy'` holds out the same examples of every member's training set, by their position, "
+                    f"so those must be views of one set; they have {len(lengths)} different lengths."
+                )
         for index in self.population.indices:
-            with self._acting_as(index):
-                data = self.train_dataset
-                if data is None:
-                    raise ValueError("Training needs a `train_dataset`.")
-                if not has_length(data):
-                    continue
-                if len(data) == 0:
-                    raise ValueError(f"The training set of member {index} is empty.")
-                if self.compute_loss_func is not None or self.can_return_loss or not self.label_names:
-                    continue
-                if type(self).compute_loss is not WashTrainer.compute_loss:
-                    continue
-                streams = self.population.streams
-                before = streams.capture()
-                try:
-                    loader = self._member_dataloader(index)
-                    if not has_labels(loader.dataset, loader.collate_fn, self.label_names):
-                        raise ValueError(
-                            f"The training set of member {index} has no labels: a batch has none of "
-                            f"{', '.join(self.label_names)}."
-                        )
-                finally:
-                    streams.restore(before)
+            data = self._data_of(index)
+            if data is None and self._makes_its_own_loader():
+                continue
+            if data is None:
+                raise ValueError("Training needs a `train_dataset`.")
+            if has_length(data) and len(data) == 0:
+                raise ValueError(f"The training set of member {index} is empty.")
+        self._check_labels()
 
-    # ---- Training ------------------------------------------------------------------------------------------------
+    def _makes_its_own_loader(self) -> bool:
+        return type(self).get_train_dataloader is not Trainer.get_train_dataloader
 
-    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+    def _check_labels(self) -> None:
+        """Find out before training that there are no labels, where the loss is the model's own and needs them."""
+        plain = type(self).compute_loss in (Trainer.compute_loss, WashTrainer.compute_loss)
+        if not plain or self._makes_its_own_loader() or self.compute_loss_func is not None:
+            return
+        if self.can_return_loss or not self.label_names:
+            return
+        streams = self.population.streams
+        for member in self.members:
+            if not has_length(member.train_dataset):
+                continue
+            before = streams.capture()
+            try:
+                with as_member(self, member):
+                    loader = self.get_train_dataloader()
+                    batch = loader.collate_fn([loader.dataset[0]])
+            finally:
+                streams.restore(before)
+            if not has_labels(batch, self.label_names):
+                raise ValueError(
+                    f"The training set of member {member.index} has no labels: a batch has none of "
+                    f"{', '.join(self.label_names)}."
+                )
+
+    # ---- Begin a run -----------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None, **kwargs):
         """
         Train the population. Afterwards `trainer.model` is the soup.
 
@@ -530,25 +380,40 @@ class WashTrainer(Trainer):
             ValueError: for data that cannot be trained on, and for a checkpoint that is damaged or belongs to another
                 population.
         """
+        self.members  # noqa: B018 # made here, while the Trainer's model is still the first member
+        self._bring_members_up_to_date()
         self._check_data()
         self._check_export_folder()
         resume_from_checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
         self._check_output_folder()
         self._trainings += 1
-        self._is_soup = False
-        self._stop_agreed = False
-        self._set_model(self.population.members[0])
+        self.soup.served = False
+        first = self.population.members[0]
+        for member in self.population.members[1:]:
+            # What was frozen through `trainer.model` holds for all.
+            for ours, theirs in zip(first.parameters(), member.parameters(), strict=True):
+                theirs.requires_grad_(ours.requires_grad)
+        self._become(first, self.members[0])
         try:
             return super().train(
-                resume_from_checkpoint=resume_from_checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
+                resume_from_checkpoint=resume_from_checkpoint,
+                trial=trial,
+                ignore_keys_for_eval=ignore_keys_for_eval,
+                **kwargs,
             )
         finally:
+            vars(self).pop("get_train_dataloader", None)
+            if self.mixing is not None:
+                self.mixing.release()
             self.population.streams.activate(None)
 
     def _inner_training_loop(self, *args, **kwargs):
-        # Trainer has enabled it on the model it knows.
+        self.members  # noqa: B018 # `model_init` may have made new ones
+        self._bring_members_up_to_date()
         for member in self.population.members[1:]:
-            self._enable_activation_checkpointing(member)
+            self._enable_activation_checkpointing(member)  # Trainer has enabled it on the model it knows
+        # For the loop's one call: whoever else asks for a loader gets the Trainer's own, and changes nothing.
+        self.get_train_dataloader = self._members_loader
         return super()._inner_training_loop(*args, **kwargs)
 
     def _enable_activation_checkpointing(self, member: nn.Module) -> None:
@@ -578,7 +443,6 @@ class WashTrainer(Trainer):
                 f"they have different numbers of batches an epoch ({listing})."
             )
         check_agreement(self.population, self._what_must_agree(steps_per_epoch))
-        self._warn_about_few_shuffles()
         return values
 
     def _what_must_agree(self, steps_per_epoch: int) -> dict[str, Any]:
@@ -587,89 +451,109 @@ class WashTrainer(Trainer):
         options = {name: str(value) for name, value in self.args.to_dict().items() if name not in local}
         facts = {f"option {name}": value for name, value in options.items()}
         facts["steps per epoch"], facts["steps"] = steps_per_epoch, self._total_steps
-        facts["architecture"] = describe_architecture(self.population.members[0])
+        facts["architecture"] = describe_architecture(self.population.wholes[0])
         facts["overrides"] = [overrides.describe() for overrides in self._overrides]
         facts["torch"] = torch.__version__
         if self.args.same_init and self._trainings == 1 and self._resume is None:
             facts["initial weights"] = weights_digest(self.population.members[0])
         return facts
 
-    def _warn_about_few_shuffles(self) -> None:
-        args, steps = self.args, self._total_steps
-        if args.mixing != "wash" or self.population.size == 1 or not args.shuffle_probability:
-            return
-        if not self.is_world_process_zero():
-            return
-        expected = args.expected_shuffles(steps)
-        if expected < ENOUGH_SHUFFLES:
-            mixing_steps = expected / args.shuffle_probability
-            needed = ENOUGH_SHUFFLES / mixing_steps if mixing_steps else math.inf
-            advice = (
-                f"`shuffle_probability={needed:.2g}` would reach it"
-                if needed <= LARGEST_SENSIBLE_PROBABILITY
-                else f"this run is too short for it, even at {LARGEST_SENSIBLE_PROBABILITY}; train longer"
-            )
-            logger.warning(
-                f"A first-layer weight will be shuffled about {expected:.1f} times in this run of {steps} steps "
-                f"(p = {args.shuffle_probability:g}). Below about {ENOUGH_SHUFFLES} the members are disturbed without "
-                f"being brought together: {advice}."
-            )
-
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """
         One optimizer for this process's members. Its parameter groups carry the member's index as `member`, so that
         each has its own learning rate and weight decay and its state can be told from the others'.
         """
         if self.optimizer is not None:
+            if self.population.size == 1:
+                for group in self.optimizer.param_groups:
+                    group["member"] = 0
             return self.optimizer
         combined = None
-        for index, member in self.population:
-            with self._acting_as(index):
+        for member in self.members:
+            with as_member(self, member):
                 self.optimizer = None
-                super().create_optimizer(member)
+                super().create_optimizer()
             if not isinstance(self.optimizer, torch.optim.Optimizer):
                 raise ValueError(
                     f"`{type(self.optimizer).__name__}` has no parameter groups to tell members apart by."
                 )
-            learning_rate = self._overrides[index].learning_rate
+            learning_rate = self._overrides[member.index].learning_rate
             for group in self.optimizer.param_groups:
-                group["member"] = index
+                group["member"] = member.index
                 if learning_rate is not None:
                     # `optimizer_cls_and_kwargs` may have brought a learning rate of its own.
                     group["lr"] = learning_rate
                 if combined is not None:
                     combined.add_param_group(group)
+            if combined is not None:
+                # Some make their state when they are made (APOLLO).
+                combined.state.update(self.optimizer.state)
             combined = combined if combined is not None else self.optimizer
         self.optimizer = combined
         return combined
 
     def _wrap_model(self, model, training: bool = True, dataloader=None):
         # Trainer prepares what is not wrapped, which means DDP; so autocast and compilation are prepared here.
-        if not training:
-            return model
-        for index, member in self.population:
-            if index not in self._prepared:
-                self._prepared[index] = self.accelerator.prepare_model(member, evaluation_mode=True)
-        return _LocalMembers([self._prepared[index] for index in self.population.indices])
+        if training:
+            return LocalMembers([member.prepare(self.accelerator) for member in self.members])
+        known = [*self.members, *([self.soup.member] if self.soup.member is not None else [])]
+        return next((m.prepare(self.accelerator) for m in known if m.model is model), model)
 
     def _prepare_for_training(self, *args, **kwargs):
-        result = super()._prepare_for_training(*args, **kwargs)
-        count = len(self.population.members)
-        self._losses = torch.zeros(count, device=self.args.device)
-        self._grad_norms: list[torch.Tensor] = []
-        self._moved_since_log = [0, 0, 0]
-        self._last_rates = None
-        self.mixer = None
-        if self.population.size > 1:
-            self.mixer = WashMixer(
-                self.population.members,
-                [self.optimizer],
-                probability=self.args.shuffle_probability if self.args.mixing == "wash" else 0.0,
-                schedule=self.args.shuffle_schedule,
-                seed=self.args.seed,
-                shuffle_optimizer_state=self.args.shuffle_optimizer_state,
-            )
-        return result
+        if self.optimizer is not None:
+            vars(self.optimizer).pop("step", None)  # of a run before
+        model, _ = super()._prepare_for_training(*args, **kwargs)
+        self._log = MemberLog(self.population)
+        resumed = self._resume["manifest"] if self._resume is not None else {}
+        probability = resumed.get("probability")
+        if probability is None or self.args.shuffle_probability is not None:
+            probability = self.args.probability_for(self._total_steps)
+        self.mixing = MixingRun(
+            self.args,
+            self.population,
+            self.population.wholes,
+            self.optimizer,
+            self._total_steps,
+            probability,
+            self.args.seed,
+        )
+        self._say_what_is_shuffled()
+        if self.args.enable_jit_checkpoint:
+            self.mixing.listen()
+        # The exchange is a part of the step, whatever callbacks there are, and happens when fp16's scaler skips it, too.
+        own_step = self.optimizer.step
+
+        @functools.wraps(own_step)  # with the mark by which a scheduler knows that it counts the steps
+        def step_and_mix(*args, **kwargs):
+            result = own_step(*args, **kwargs)
+            self.mixing.mix(self.state.global_step + 1)
+            return result
+
+        self.optimizer.step = step_and_mix
+        loader = self._batches.as_dataloader()
+        self.callback_handler.train_dataloader = loader
+        return model, loader
+
+    def _say_what_is_shuffled(self) -> None:
+        if self.args.mixing != "wash" or self.population.size == 1 or not self.is_world_process_zero():
+            return
+        probability = self.mixing.probability
+        logger.info(f"Shuffling with p = {probability:g}.")
+        mixing_steps = self.args.mixing_steps(self._total_steps)
+        expected = probability * mixing_steps
+        if not probability or expected >= ENOUGH_SHUFFLES:
+            return
+        needed = ENOUGH_SHUFFLES / mixing_steps if mixing_steps else math.inf
+        advice = (
+            f"`shuffle_probability={needed:.2g}` would reach it"
+            if needed <= LARGEST_FITTED_PROBABILITY
+            else f"this run is too short for it, even at {LARGEST_FITTED_PROBABILITY}; train longer"
+        )
+        logger.warning(
+            f"A first-layer weight will be shuffled about {expected:.1f} times in this run of {self._total_steps} "
+            f"steps (p = {probability:g}). Below about {ENOUGH_SHUFFLES} the members are disturbed without being "
+            f"brought together: {advice}."
+        )
 
     def _run_epoch(self, *args, **kwargs):
         if self._resume is not None:
@@ -678,19 +562,18 @@ class WashTrainer(Trainer):
         self._batches.set_epoch(kwargs["epoch"])
         return super()._run_epoch(*args, **kwargs)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
-        if batch_samples and isinstance(batch_samples[0], list):
-            return [self._get_num_items_in_batch(list(own), device) for own in zip(*batch_samples, strict=True)]
-        # An example with soft labels is one item, not one for each class.
-        counted = [
-            {**batch, "labels": batch["labels"].new_zeros(len(batch["labels"]), dtype=torch.long)}
-            if self._has_soft_labels(batch)
-            else batch
-            for batch in batch_samples
-        ]
-        return super()._get_num_items_in_batch(counted, device)
+    # ---- Step ------------------------------------------------------------------------------------------------------
 
-    def training_step(self, model: nn.Module, inputs: list, num_items_in_batch: list | None = None) -> torch.Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+        if not (batch_samples and isinstance(batch_samples[0], list)):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        counts = []
+        for member, own in zip(self.members, zip(*batch_samples, strict=True), strict=True):
+            with as_member(self, member, training=True):
+                counts.append(self._get_num_items_in_batch(list(own), device))
+        return counts
+
+    def training_step(self, model: nn.Module, inputs: list, num_items_in_batch: list | None = None, **kwargs):
         """
         Forward and backward of each local member on its own batch.
 
@@ -703,316 +586,219 @@ class WashTrainer(Trainer):
             `torch.Tensor`: The mean of their losses, a scalar.
         """
         losses = []
-        smoother = self.label_smoother
-        try:
-            for slot, index in enumerate(self.population.indices):
-                self.population.streams.activate(index)
-                self.label_smoother = self._smoothers[index]
-                items = num_items_in_batch[slot] if num_items_in_batch is not None else None
-                losses.append(super().training_step(model.members[slot], inputs[slot], items))
-        finally:
-            self.label_smoother = smoother
-        loss = torch.stack(losses)
-        step = loss.detach().to(self._losses.dtype)
-        if self.args.logging_nan_inf_filter:
-            # As Trainer does for its one loss.
-            average = self._losses / (1 + self.state.global_step - self._globalstep_last_logged)
-            step = torch.where(torch.isfinite(step), step, average)
-        self._losses += step
-        return loss.mean()
-
-    def _has_soft_labels(self, inputs) -> bool:
-        labels = inputs.get("labels") if hasattr(inputs, "get") else None
-        if not isinstance(labels, torch.Tensor) or not labels.is_floating_point() or labels.ndim != 2:
-            return False
-        config = getattr(self.model, "config", None)
-        return getattr(config, "problem_type", None) in (None, "single_label_classification") and labels.shape[
-            1
-        ] == getattr(config, "num_labels", None)
-
-    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        """
-        The Trainer's loss; soft labels of shape `(batch, num_labels)` get the soft cross-entropy.
-
-        transformers (5.23) would take floating-point labels for a multi-label task, use another loss and write that
-        `problem_type` into the model's configuration.
-        """
-        if self.compute_loss_func is not None or not self._has_soft_labels(inputs):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"]
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        smoothing = self.label_smoother.epsilon if self.label_smoother is not None else 0.0
-        losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
-        items = (
-            num_items_in_batch if self.model_accepts_loss_kwargs and num_items_in_batch is not None else len(labels)
-        )
-        loss = losses.sum() / items
-        return (loss, outputs) if return_outputs else loss
+        for slot, member in enumerate(self.members):
+            # The streams stay in: a process with one member pays nothing for them.
+            self.population.streams.activate(member.index)
+            items = num_items_in_batch[slot] if num_items_in_batch is not None else None
+            with as_member(self, member, training=True):
+                losses.append(super().training_step(member.prepared, inputs[slot], items, **kwargs))
+        since = self.state.global_step - self._globalstep_last_logged
+        return self._log.add(losses, since, self.args.logging_nan_inf_filter)
 
     def _clip_grad_norm(self, model: nn.Module):
-        return self._norms(model, self.args.max_grad_norm)
+        return self._norms(super()._clip_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):
-        return grad_norm if grad_norm is not None else self._norms(model, math.inf)
+        return grad_norm if grad_norm is not None else self._norms(super()._get_grad_norm)
 
-    def _norms(self, model: nn.Module, max_norm: float) -> torch.Tensor:
+    def _norms(self, norm_of: Callable) -> torch.Tensor:
         """Each member's own gradient norm, clipped by itself; returns their mean."""
-        # Once for the optimizer: accelerate's own clipping unscales each time, which fp16's scaler refuses.
         self.accelerator.unscale_gradients()
-        self._grad_norms = [torch.nn.utils.clip_grad_norm_(member.parameters(), max_norm) for member in model.members]
-        return torch.stack(self._grad_norms).mean()
-
-    def _mix(self, step: int) -> None:
-        stop = self._stop_signal is not None and self._stop_signal.requested
-        if self.mixer is None:
-            self._stop_agreed = self._stop_agreed or stop
-            return
-        began = time.perf_counter()
-        stats = self.mixer.mix(step, shuffle=self.args.shuffles(step, self._total_steps), stop_requested=stop)
-        self.mixing_seconds += time.perf_counter() - began
-        self.mixing_wait_seconds += stats.wait_seconds
-        self.values_moved += stats.population_values_moved
-        self.bytes_exchanged += stats.population_bytes_exchanged
-        self._moved_since_log[0] += 1
-        self._moved_since_log[1] += stats.population_values_moved
-        self._moved_since_log[2] += stats.population_bytes_exchanged
-        self._stop_agreed = self._stop_agreed or stats.stop_requested
+        norms = []
+        for member in self.members:
+            with as_member(self, member, training=True):
+                norms.append(norm_of(member.prepared))
+        self._log.norms = [torch.as_tensor(norm) for norm in norms]
+        return torch.stack(self._log.norms).mean()
 
     def floating_point_ops(self, inputs) -> int:
-        """Floating-point operations of the members' forward and backward passes, as Trainer counts them."""
+        """Floating-point operations of the members' forward and backward passes, as the Trainer counts them."""
         if isinstance(inputs, list):
-            return sum(super(WashTrainer, self).floating_point_ops(batch) for batch in inputs)
+            return sum(super(PopulationMixin, self).floating_point_ops(batch) for batch in inputs)
         return super().floating_point_ops(inputs)
 
     def _track_num_input_tokens(self, inputs) -> None:
-        for batch in inputs if isinstance(inputs, list) else [inputs]:
-            super()._track_num_input_tokens(batch)
+        # Of one member, as all options and counts are.
+        with as_member(self, self.members[0]):
+            super()._track_num_input_tokens(inputs[0] if isinstance(inputs, list) else inputs)
 
-    # ---- Logging -------------------------------------------------------------------------------------------------
+    # ---- Log -------------------------------------------------------------------------------------------------------
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
+        if self.mixing.stop_agreed:
+            self.control.should_save = self.control.should_training_stop = True
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
-            self._member_logs = self._collect_logs()
+            self._line = self._collect_line()
         return super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _mean_loss(self) -> tuple[list[float], float]:
-        """*Collective.* Each member's accumulated loss, and their mean, summed in member order."""
-        losses = self.population.gather_tensors(self._losses).tolist()
-        return losses, sum(losses) / len(losses)
-
-    def _collect_logs(self) -> dict[str, float]:
-        """*Collective.* What a log line says of the members, the same on every process and layout."""
+    def _collect_line(self) -> tuple[dict[str, float], float]:
+        """*Collective.* What a log line says of the members, and the sum of this call's losses after it."""
         steps = self.state.global_step - self._globalstep_last_logged
-        losses, mean = self._mean_loss()
-        self._losses.zero_()
-        self._loss_before_log = self._total_loss_scalar + mean
-        logs = {"loss": mean / steps}
-        rates = [self._learning_rate_of(index) for index in self.population.indices]
-        norms = [norm.item() for norm in self._grad_norms] or [None] * len(rates)
-        rates, norms = zip(*self.population.gather(list(zip(rates, norms, strict=True))), strict=True)
-        for name, values in (("grad_norm", norms), ("learning_rate", rates)):
-            if None not in values:
-                logs[name] = sum(values) / len(values) if len(set(values)) > 1 else values[0]
-                if len(set(values)) > 1:
-                    logs |= {f"member_{index}_{name}": value for index, value in enumerate(values)}
-        logs |= {f"member_{index}_loss": loss / steps for index, loss in enumerate(losses)}
-        mixes, values, exchanged = self._moved_since_log
-        self._moved_since_log = [0, 0, 0]
-        logs["values_moved"] = values / mixes if mixes else 0
-        logs["bytes_exchanged"] = exchanged / mixes if mixes else 0
-        sample = torch.stack([self._consensus_sample.values(member) for member in self.population.members])
-        sample = self.population.gather_tensors(
-            sample.to(self.args.device) if self.population.world_size > 1 else sample
-        )
-        logs["consensus_distance"] = self._consensus_sample.estimate(sample.cpu())
-        return logs
+        line, added = self._log.line(steps, [self._learning_rate_of(index) for index in self.population.indices])
+        sample = torch.stack([self._consensus_sample.values(whole) for whole in self.population.wholes])
+        if self.population.world_size > 1:
+            sample = sample.to(self.args.device)
+        distance = self._consensus_sample.estimate(self.population.gather_tensors(sample).cpu())
+        return line | self.mixing.log() | {"consensus_distance": distance}, self._total_loss_scalar + added
 
-    def _learning_rate_of(self, index: int) -> float:
+    def _learning_rate_of(self, index: int) -> float | None:
         # As Trainer does for its one group: the scheduler's value is that of the step just taken.
         groups = self.optimizer.param_groups
         position = next((i for i, group in enumerate(groups) if group.get("member", index) == index), 0)
-        if hasattr(self.lr_scheduler, "get_last_lr") and not isinstance(
-            self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau
-        ):
-            rate = self._last_rates[position] if self._last_rates is not None else groups[position]["lr"]
-        else:
-            rate = groups[position]["lr"]
-        return float(rate)
+        plateau = isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        known = not plateau and hasattr(self.lr_scheduler, "get_last_lr") and self._log.rates is not None
+        rate = self._log.rates[position] if known else groups[position]["lr"]
+        return float(rate) if rate is not None else None
 
     def _get_learning_rate(self):
         # Called after the optimizer's step and before the scheduler's: remember all groups' rates, not the first's.
-        rates = getattr(self.lr_scheduler, "get_last_lr", lambda: None)()
-        self._last_rates = [float(rate) for rate in rates] if rates is not None else None
+        if self._log is not None:
+            rates = getattr(self.lr_scheduler, "get_last_lr", lambda: None)()
+            self._log.rates = list(rates) if rates is not None else None
         return super()._get_learning_rate()
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Log a dictionary; a line about training is completed with what is known of each member."""
-        if self._member_logs is not None and "loss" in logs:
-            logs.update(self._member_logs)
-            self._member_logs = None
+        if self._line is not None and "loss" in logs:
+            line, total = self._line
+            self._line = None
+            logs.update(line)
             # Trainer has added its own mean, whose rounding depends on the number of processes.
-            self._total_loss_scalar = self._loss_before_log
+            self._total_loss_scalar = total
         if self._evaluating:
             timed = {key: value for key, value in logs.items() if key.endswith(("_runtime", "_per_second"))}
             logs.update(self.population.broadcast(timed))
-        super().log(logs, start_time)
+        super().log(logs, *args, **kwargs)
 
     def _finalize_training(self, *args, **kwargs):
         # What has not been logged yet.
-        self._tr_loss = torch.tensor(self._mean_loss()[1], dtype=torch.float64)
-        self._losses.zero_()
+        self._tr_loss = torch.tensor(self._log.collect()[1], dtype=torch.float64)
         self._serve_soup()
         result = super()._finalize_training(*args, **kwargs)
         if self.args.push_members:
             self.save_members()
         return result
 
-    # ---- The soup ------------------------------------------------------------------------------------------------
+    # ---- Soup ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _as_soup(self) -> Iterator[None]:
-        """*Collective unless the soup is served already.* Make `self.model` the soup for the length of a block."""
-        if self._is_soup:
-            with self.population.streams.use(None):
-                yield
-            return
-        member, wrapped = self.model, self.model_wrapped
-        self._serve_soup()
+        """*Collective unless the soup is served already.* Make the Trainer's model the soup for the length of a block."""
+        soup = self.soup.member if self.soup.served else self._build_soup()
+        shown = getattr(self.callback_handler, "model", None)
+        self.callback_handler.model = soup.model
         try:
-            with self.population.streams.use(None):
+            with self.population.streams.use(None), as_member(self, soup):
                 yield
         finally:
-            self._is_soup = False
-            self._set_model(member)
-            self.model_wrapped = wrapped
+            self.callback_handler.model = shown
 
     def _serve_soup(self) -> None:
-        """*Collective.* Build the soup from the members as they are and make it `self.model`."""
-        if self.mixer is not None:
-            # On a GPU a shuffle's verdict is read one call later, which may never come.
-            self.mixer.synchronize()
+        """*Collective.* Build the soup from the members as they are and make it the Trainer's model."""
+        soup = self._build_soup()
+        self._become(soup.model, soup)
+        self.soup.served = True
+
+    def _build_soup(self) -> Member:
+        if self.mixing is not None:
+            self.mixing.synchronize()
+        self.members  # noqa: B018 # made while the Trainer's model is still the first member
+        key = (self._trainings, self.state.global_step) if self.is_in_train else None
         with self.population.streams.use(None):
-            self._build_soup()
-        self._set_model(self._soup)
-        self._is_soup = True
+            return self.soup.build(
+                self.population,
+                key,
+                share_frozen=self.args.same_init,
+                make=self._in_a_members_place,
+                finish=self._finish_soup,
+                score=self._held_out_score if self._holds_out and self._data_in_common() is not None else None,
+            )
 
-    def _build_soup(self) -> None:
-        key = (self._trainings, self.state.global_step)
-        if self._soup_key == key and self.is_in_train:
-            return
-        first = self.population.members[0]
-        if self._soup is None:
-            self._soup = copy_member(first) if self.args.same_init else copy.deepcopy(first)
-            # The copy brings along the autocast that was wrapped around the member's forward (accelerate 1.15), which
-            # may still call the member.
-            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
-                vars(self._soup).pop(name, None)
-            self._soup_prepared = self.accelerator.prepare_model(self._soup, evaluation_mode=True)
-        shared = (
-            {name for name, p in self._soup.named_parameters() if not p.requires_grad} if self.args.same_init else ()
-        )
-        if self._holds_out() and self._holdout_loader() is not None:
-            members = [self.population.weights_of(index, shared) for index in range(self.population.size)]
-            weights, self.greedy_record = greedy_soup(members, self._held_out_score)
-        else:
-            weights = uniform_soup(self.population.state_dicts(exclude=shared))
-        self._load_soup(weights)
-        distances = self.population.gather([squared_distance(m, self._soup) for m in self.population.members])
-        self.consensus_distance = math.sqrt(sum(distances) / len(distances))
-        self._soup_key = key
+    def _in_a_members_place(self, whole: nn.Module) -> Member:
+        first = self.members[0]
+        model = whole.model if first.around else whole
+        around = {
+            name: whole.around[name] if isinstance(value, nn.Module) else {k: whole.around[k] for k in value}
+            for name, value in first.around.items()
+        }
+        soup = Member(None, model, self.args, MemberAccelerator(self.accelerator), around=around, whole=whole)
+        soup.prepare(self.accelerator)
+        return soup
 
-    def _load_soup(self, weights: dict[str, torch.Tensor]) -> None:
-        self._soup.load_state_dict(weights, strict=False)
-        self._recalibrate()
+    def _data_in_common(self) -> Any:
+        return self.train_dataset if self.train_dataset is not None else self._overrides[0].train_dataset
 
-    def _holdout_loader(self):
-        """The examples held out for the greedy soup, in order; `None` where there is no training set."""
-        dataset = self.train_dataset if self.train_dataset is not None else self._overrides[0].train_dataset
-        if dataset is None:
-            return None
-        held_out = hold_out(dataset, self.args.soup_holdout, self.args.seed)[1]
-        return self._one_process_dataloader(
-            None,
-            dataset=held_out,
-            description="Held-out",
-            batch_size=self.args.eval_batch_size,
-            sampler_fn=torch.utils.data.SequentialSampler,
-        )
-
-    def _held_out_score(self, weights: dict[str, torch.Tensor]) -> float:
-        """
-        *Collective.* The accuracy of a soup on held-out training data; minus its loss where there is no accuracy.
-        Augmentation draws the same for every soup.
-        """
-        self._load_soup(weights)
-        self._soup_prepared.eval()
-        streams = self.population.streams
-        before = streams.capture()
-        try:
-            set_seed(self.args.seed + HOLDOUT_SEED_OFFSET)
-            right, loss, count = 0, 0.0, 0
-            for inputs in self._holdout_loader():
-                batch_loss, logits, labels = self.prediction_step(self._soup_prepared, inputs, False)
-                if isinstance(logits, torch.Tensor) and logits.ndim == 2 and labels is not None and labels.ndim == 1:
-                    right += int((logits.argmax(-1) == labels).sum())
-                else:
-                    right = math.nan
-                count += len(logits) if isinstance(logits, torch.Tensor) else 1
-                loss += float(batch_loss) * (len(logits) if isinstance(logits, torch.Tensor) else 1)
-        finally:
-            streams.restore(before)
-        # A GPU's last bit must not make processes choose differently.
-        return self.population.broadcast(-loss / count if math.isnan(right) else right / count)
-
-    def _recalibrate(self) -> None:
-        """*Collective.* The soup's BatchNorm statistics, from training batches of a stream of their own."""
+    def _finish_soup(self, soup: Member) -> None:
+        """*Collective.* The soup's arguments and data, and its BatchNorm statistics, from a stream of their own."""
+        soup.args, soup.label_smoother = self.args, self.label_smoother
+        common = self.train_dataset is not None
+        soup.train_dataset = self.train_dataset if common else self._data_of(0)
+        soup.data_collator = self.data_collator
+        if not common and self._overrides[0].data_collator is not None:
+            soup.data_collator = self._overrides[0].data_collator
         if (
             self.args.soup_batch_norm != "recalibrate"
             or self.population.size == 1
-            or not has_batch_norm(self._soup)
-            or (self.train_dataset is None and self._overrides[0].train_dataset is None)
+            or soup.train_dataset is None
+            or not has_batch_norm(soup.model)
         ):
             return
         streams = self.population.streams
         before = streams.capture()
         try:
             set_seed(self.args.seed + RECALIBRATION_SEED_OFFSET)
-            recalibrate_batch_norm(
-                self._soup,
-                iter(self._recalibration_loader().base_dataloader),
-                forward=self._forward_without_labels,
-                max_batches=self.args.soup_batch_norm_batches,
-            )
+            with as_member(self, soup):
+                loader = self.get_train_dataloader()
+                recalibrate_batch_norm(
+                    soup.model,
+                    iter(getattr(loader, "base_dataloader", loader)),
+                    forward=self._forward_without_labels,
+                    max_batches=self.args.soup_batch_norm_batches,
+                )
         finally:
             streams.restore(before)
         # The same batches everywhere, but a GPU's sums may differ in the last bit.
-        self.population.broadcast_tensors(list(self._soup.buffers()), source=0)
-
-    def _recalibration_loader(self):
-        """The training set as no member in particular sees it; member 0's, where there is none in common."""
-        if self.train_dataset is None:
-            return self._member_dataloader(0)
-        return self._one_process_dataloader(
-            None,
-            dataset=self.train_dataset,
-            description="Recalibration",
-            batch_size=self._train_batch_size,
-            sampler_fn=self._get_train_sampler,
-            is_training=True,
-        )
+        self.population.broadcast_tensors(list(soup.model.buffers()), source=0)
 
     def _forward_without_labels(self, model: nn.Module, batch) -> None:
         inputs = self._prepare_inputs(batch)
         with self.compute_loss_context_manager():
-            self._soup_prepared(**{name: value for name, value in inputs.items() if name not in self.label_names})
+            self.model_wrapped(**{name: value for name, value in inputs.items() if name not in self.label_names})
 
-    # ---- Evaluation ----------------------------------------------------------------------------------------------
+    def _held_out_score(self, soup: Member) -> float:
+        """*Collective.* A soup's score on held-out training data; augmentation draws the same for every soup."""
+        held_out = hold_out(self._data_in_common(), self.args.soup_holdout, self.args.seed)[1]
+        predictions = evaluation.Predictions()
+        streams = self.population.streams
+        before = streams.capture()
+        soup.prepared.eval()
+        try:
+            set_seed(self.args.seed + HOLDOUT_SEED_OFFSET)
+            with as_member(self, soup):
+                for index, inputs in enumerate(self.get_test_dataloader(held_out)):
+                    result = super().prediction_step(soup.prepared, inputs, False)
+                    predictions.add(index, find_batch_size(inputs) or 1, *result)
+        finally:
+            streams.restore(before)
+        score = evaluation.held_out_score(
+            predictions,
+            evaluation.ensemble_kind(soup.model),
+            self.args.metric_for_best_model,
+            self.args.greater_is_better,
+            self.compute_metrics,
+        )
+        # A GPU's last bit must not make processes choose differently.
+        return self.population.broadcast(score)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    # ---- Evaluate --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """
         Metrics of the soup and, with `evaluate_members`, of each member and of the ensemble. Call on every process;
         every process gets the same dictionary.
+
+        Args:
+            *args, **kwargs: As in the Trainer's own `evaluate`.
 
         Returns:
             `dict[str, float]`: `eval_<metric>` of the soup, `eval_ensemble_<metric>` (mean of probabilities),
@@ -1021,14 +807,14 @@ class WashTrainer(Trainer):
         with self._as_soup():
             before, self._evaluating = self._evaluating, True
             try:
-                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+                return super().evaluate(*args, **kwargs)
             finally:
                 self._evaluating = before
 
-    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
+    def predict(self, *args, **kwargs):
         """The soup's predictions. Call on every process."""
         with self._as_soup():
-            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+            return super().predict(*args, **kwargs)
 
     def evaluation_loop(
         self,
@@ -1038,96 +824,64 @@ class WashTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """*Collective.* The soup on batches dealt to the processes; members and ensemble on all batches."""
-        args = self.args
-        loss_only = prediction_loss_only if prediction_loss_only is not None else args.prediction_loss_only
+        """*Collective.* The Trainer's own loop over the soup, the members and their ensemble beside it batch by batch."""
         self._advance_streams()
-        population = self.population
-        with_members = args.evaluate_members and description == "Evaluation"
-        soup, members = self._models_for_evaluation()
-        shared_pass = population.world_size == 1 and population.size > 1 and with_members
-
-        dealt = deal_batches(dataloader, population.rank, population.world_size)
-        steps = _Progress(dataloader, population, second_pass=with_members and population.world_size > 1)
-        self.callback_handler.eval_dataloader = steps
-        logger.info(f"\n***** Running {description} *****")
-        logger.info(f"  Batch size = {args.eval_batch_size}")
-
-        def on_batch():
-            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
-
-        main_input = (
-            getattr(self.model, "main_input_name", "input_ids") if "inputs" in args.include_for_metrics else None
+        options = (description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._beside is not None or not self.args.evaluate_members or description != "Evaluation":
+            return super().evaluation_loop(dataloader, *options)
+        loss_only = prediction_loss_only if prediction_loss_only is not None else self.args.prediction_loss_only
+        compute_metrics = None if loss_only else self.compute_metrics
+        beside = evaluation.BesideTheSoup(
+            self.population,
+            self._ensemble_kind(),
+            self._ensemble_loss,
+            keep=compute_metrics is not None,
+            preprocess=self.preprocess_logits_for_metrics,
         )
-        options = {
-            "main_input": main_input,
-            "preprocess_logits": self.preprocess_logits_for_metrics,
-            "on_batch": on_batch,
-        }
-
-        def step(model, inputs):
-            # Members need their logits, for the ensemble.
-            only = loss_only and (model is soup and not (with_members and population.size == 1))
-            return self.prediction_step(model, inputs, only, ignore_keys=ignore_keys)
-
-        ensemble = evaluation.Predictions()
-
-        def together(index, size, logits, labels, inputs):
-            own = logits[1:] if shared_pass else logits
-            if any(not isinstance(value, torch.Tensor) or value.ndim != 2 for value in own):
-                return
-            gathered = population.gather_tensors(torch.stack([value.contiguous() for value in own]))
-            mean = evaluation.ensemble_logits(gathered, self._problem_type())
-            loss = self._ensemble_loss(mean, labels) if labels is not None else None
-            if self.preprocess_logits_for_metrics is not None:
-                mean = self.preprocess_logits_for_metrics(mean, labels)
-            ensemble.add(index, size, loss, mean, labels, inputs)
-
-        single = population.size == 1 and with_members
-        results = evaluation.predict_batches(
-            [soup, *members] if shared_pass else [soup],
-            dealt,
-            step,
-            together=together if shared_pass or (single and population.world_size == 1) else None,
-            **options,
-        )
-        predictions = evaluation.Predictions.merge(population.gather_processes(results[0]))
-        if shared_pass:
-            member_predictions = results[1:]
-        elif single:
-            member_predictions = results
-        elif with_members:
-            member_predictions = evaluation.predict_batches(
-                members, enumerate(dataloader), step, together=together, **options
-            )
+        models = self._members_for_evaluation()
+        self._beside, self._beside_models = beside, models
+        try:
+            output = super().evaluation_loop(dataloader, *options)
+        finally:
+            self._beside = self._beside_models = None
 
         def summarize(of: evaluation.Predictions) -> dict[str, float]:
             return evaluation.summarize(
                 of,
-                None if loss_only else self.compute_metrics,
+                compute_metrics,
                 metric_key_prefix,
-                include=args.include_for_metrics,
-                by_batch=args.batch_eval_metrics,
-                concatenate=args.eval_do_concat_batches,
-                skip_non_finite_losses=args.logging_nan_inf_filter,
+                include=self.args.include_for_metrics,
+                by_batch=self.args.batch_eval_metrics,
+                concatenate=self.args.eval_do_concat_batches,
+                skip_non_finite_losses=self.args.logging_nan_inf_filter,
             )
 
-        metrics = summarize(predictions)
-        if with_members:
-            each = population.gather([summarize(own) for own in member_predictions])
-            together_metrics = summarize(ensemble) if ensemble.batches else None
-            metrics |= evaluation.population_metrics(each, together_metrics)
-            metrics["consensus_distance"] = self.consensus_distance
+        members = self.population.gather([summarize(own) for own in beside.members])
+        ensemble = summarize(beside.ensemble) if beside.ensemble.batches else None
+        metrics = evaluation.population_metrics(members, ensemble)
+        metrics["consensus_distance"] = self.soup.consensus_distance
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         # Rank 0's for all: a user's `compute_metrics` may be anything.
-        metrics = population.broadcast({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output._replace(metrics=self.population.broadcast(output.metrics))
 
-        num_samples = len(dataloader.dataset) if has_length(dataloader.dataset) else predictions.num_samples
-        return EvalLoopOutput(
-            predictions=None if loss_only else predictions.arrays("logits", args.eval_do_concat_batches),
-            label_ids=None if loss_only else predictions.arrays("labels", args.eval_do_concat_batches),
-            metrics=metrics,
-            num_samples=num_samples,
-        )
+    def prediction_step(self, model: nn.Module, inputs, prediction_loss_only: bool, *args, **kwargs):
+        """The soup's prediction for a batch and, in an evaluation, each member's beside it."""
+        beside = self._beside
+        if beside is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        result = super().prediction_step(model, copy.copy(inputs), prediction_loss_only, *args, **kwargs)
+        results = []
+        for member, prepared in zip(self.members, self._beside_models, strict=True):
+            with self.population.streams.use(member.index), as_member(self, member):
+                self.data_collator = self.soup.member.data_collator
+                own = super().prediction_step(prepared, copy.copy(inputs), not beside.needs_logits, *args, **kwargs)
+            results.append(own)
+        kept = None
+        if "inputs" in self.args.include_for_metrics:
+            kept = inputs[getattr(self.model, "main_input_name", "input_ids")]
+        labels = inputs.get(self.label_names[0]) if len(self.label_names) == 1 and hasattr(inputs, "get") else None
+        beside.add(results, find_batch_size(inputs) or 0, kept, labels)
+        return result
 
     def _advance_streams(self) -> None:
         # Iterating over a data loader draws its base seed from the global generator (torch 2.15), so a plain run's
@@ -1137,28 +891,22 @@ class WashTrainer(Trainer):
                 with self.population.streams.use(index):
                     torch.empty((), dtype=torch.int64).random_()
 
-    def _models_for_evaluation(self) -> tuple[nn.Module, list[nn.Module]]:
-        soup = self._soup_prepared if self.model is self._soup else self.model
-        members = [self._prepared.get(index, member) for index, member in self.population]
-        if not self._prepared:
-            members = [self.accelerator.prepare_model(member, evaluation_mode=True) for member in members]
-            self._prepared = dict(zip(self.population.indices, members, strict=True))
+    def _members_for_evaluation(self) -> list[nn.Module]:
+        models = [member.prepare(self.accelerator) for member in self.members]
         if not self.is_in_train and (self.args.fp16_full_eval or self.args.bf16_full_eval):
             dtype = torch.float16 if self.args.fp16_full_eval else torch.bfloat16
-            soup = soup.to(dtype=dtype, device=self.args.device)
             # Copies: the members stay as they are, since training can go on.
-            members = [copy.deepcopy(member).to(dtype=dtype, device=self.args.device) for member in members]
-        for model in (soup, *members):
+            models = [copy.deepcopy(model).to(dtype=dtype, device=self.args.device) for model in models]
+        for model in models:
             model.eval()
-        if hasattr(self.optimizer, "eval") and callable(self.optimizer.eval):
-            self.optimizer.eval()
-        return soup, members
+        return models
 
-    def _problem_type(self) -> str | None:
-        config = getattr(self.model, "config", None)
-        if getattr(config, "problem_type", None) is None and getattr(config, "num_labels", None) == 1:
-            return "regression"
-        return getattr(config, "problem_type", None)
+    def _ensemble_kind(self) -> str | None:
+        kind = evaluation.ensemble_kind(unwrap_model(self.model))
+        if kind is None and not getattr(self, "_told_of_no_ensemble", False):
+            self._told_of_no_ensemble = True
+            logger.info(f"An ensemble of `{type(self.model).__name__}` is not defined: it is left out.")
+        return kind
 
     def _ensemble_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The loss of the ensemble's prediction, as a member's would be computed from its logits. A scalar."""
@@ -1167,18 +915,18 @@ class WashTrainer(Trainer):
             return self.compute_loss_func({"logits": logits}, labels, num_items_in_batch=None)
         if self.label_smoother is not None and not labels.is_floating_point():
             return self.label_smoother({"logits": logits}, labels)
-        problem = self._problem_type()
-        if problem == "regression":
+        kind = evaluation.ensemble_kind(unwrap_model(self.model))
+        if kind == "regression":
             return nn.functional.mse_loss(logits.squeeze(), labels.float().squeeze())
-        if problem == "multi_label_classification":
+        if kind == "multi_label_classification":
             return nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
         return nn.functional.cross_entropy(logits, labels)
 
-    # ---- Saving --------------------------------------------------------------------------------------------------
+    # ---- Save ------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Save the soup, loadable by transformers (and by timm, for a timm model).
+        Save the soup, as the Trainer saves its model.
 
         While training, call it on every process, since the soup is built first. After training it is served already
         and no process waits for another, so that scripts may call it on the main one alone.
@@ -1187,13 +935,8 @@ class WashTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
-        if self.args.should_save:
-            self._export(self.model, output_dir, state_dict)
-            torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
-
-    def _export(self, model: nn.Module, folder: str, state_dict: dict | None = None) -> None:
-        export_model(unwrap_model(model), folder, processing_class=self.processing_class, state_dict=state_dict)
+        with writing_here(unwrap_model(self.model)):
+            super()._save(output_dir, state_dict)
 
     def save_members(self, output_dir: str | None = None) -> None:
         """
@@ -1202,7 +945,7 @@ class WashTrainer(Trainer):
         Args:
             output_dir (`str`, *optional*): Defaults to the configuration's.
         """
-        folder = os.path.join(output_dir if output_dir is not None else self.args.output_dir, MEMBERS_FOLDER)
+        folder = os.path.join(output_dir if output_dir is not None else self.args.output_dir, LOCAL_MEMBERS)
         if self.args.should_save:
             # An earlier run's would be taken for members of this one.
             for path in Path(folder).glob("member_*"):
@@ -1210,11 +953,15 @@ class WashTrainer(Trainer):
                     logger.warning(f"`{path}` is removed: it is not of this population.")
                     shutil.rmtree(path)
         with self.population.streams.use(None):
-            for index, member in self.population:
-                self._export(member, os.path.join(folder, f"member_{index}"))
+            for member in self.members:
+                place = os.path.join(folder, f"member_{member.index}")
+                with as_member(self, member):
+                    self._save(place)
+                # What is said once, at the root.
+                Path(place, "training_args.bin").unlink(missing_ok=True)
         self.population.gather_processes(None)
 
-    # ---- Checkpoints ---------------------------------------------------------------------------------------------
+    # ---- Checkpoints -----------------------------------------------------------------------------------------------
 
     def _node(self) -> int:
         """The machine whose folder this process writes to; one for all without `save_on_each_node`."""
@@ -1224,11 +971,6 @@ class WashTrainer(Trainer):
 
     def _check_export_folder(self) -> None:
         """*Collective.* Find out before training, not at its end, that the soup cannot be written where it should go."""
-        member, folder = unwrap_model(self.population.members[0]), self.args.output_dir
-        problem = folder_problem(member, folder) if self.args.should_save else None
-        for found in self.population.gather_processes(problem):
-            if found is not None:
-                raise ValueError(found)
 
     def _check_output_folder(self) -> None:
         """*Collective.* Find out before training, not at the first save, whether all processes see the folder."""
@@ -1282,13 +1024,14 @@ class WashTrainer(Trainer):
         def write_soup(staging: Path) -> dict[str, torch.Tensor]:
             self._save(str(staging))
             self._state_with_callbacks().save_to_json(str(staging / "trainer_state.json"))
-            return self._shared_frozen(self.population.members[0])
+            return self._shared_frozen(self.population.wholes[0])
 
-        def member_part(slot: int, index: int, member: nn.Module) -> tuple:
-            weights = checkpoints.own_tensors(member, self._shared_frozen(member))
+        def member_part(slot: int, index: int) -> tuple:
+            whole = self.population.wholes[slot]
+            weights = checkpoints.own_tensors(whole, self._shared_frozen(whole))
             if self.args.save_only_model:
                 return weights, None, None
-            return weights, *self._training_state(slot, index, member)
+            return weights, *self._training_state(slot, index, whole)
 
         checkpoints.write(
             self.population,
@@ -1300,11 +1043,11 @@ class WashTrainer(Trainer):
             describe=self._manifest,
         )
 
-    def _shared_frozen(self, member: nn.Module) -> dict[str, torch.Tensor]:
+    def _shared_frozen(self, whole: nn.Module) -> dict[str, torch.Tensor]:
         """What all members share, written once: the frozen parameters, where all members started alike."""
         if not self.args.same_init:
             return {}
-        return {name: p.detach().contiguous().cpu() for name, p in member.named_parameters() if not p.requires_grad}
+        return {name: p.detach().contiguous().cpu() for name, p in whole.named_parameters() if not p.requires_grad}
 
     def _state_with_callbacks(self):
         # As Trainer's `_save_checkpoint` does.
@@ -1317,16 +1060,16 @@ class WashTrainer(Trainer):
                     self.state.stateful_callbacks[name] = state
         return self.state
 
-    def _training_state(self, slot: int, index: int, member: nn.Module) -> tuple[dict, Any]:
-        training = checkpoints.cut_out(self.optimizer, self.lr_scheduler, member, index)
-        training["loss"] = self._losses[slot].item()
+    def _training_state(self, slot: int, index: int, whole: nn.Module) -> tuple[dict, Any]:
+        training = checkpoints.cut_out(self.optimizer, self.lr_scheduler, whole, index)
+        training["loss"] = self._log.losses[slot].item()
         if self.accelerator.scaler is not None:
             training["scaler"] = self.accelerator.scaler.state_dict()
         streams = {"streams": self.population.streams.state(index), "loader": self._batches.loaders[slot].state()}
         return training, checkpoints.encode_streams(streams)
 
     def _manifest(self) -> dict[str, Any]:
-        args = self.args
+        args, moved = self.args, self.mixing.state()
         names = ("mixing", "shuffle_probability", "shuffle_schedule", "shuffle_optimizer_state", "shuffle_interval")
         names += ("shuffle_start", "shuffle_stop", "same_init", "member_data", "data_seed", "soup")
         return {
@@ -1337,13 +1080,16 @@ class WashTrainer(Trainer):
             "position": self._batches.position,
             "population_size": self.population.size,
             "seed": args.seed,
+            "probability": self.mixing.probability,
             "options": {name: getattr(args, name) for name in names},
             "overrides": [overrides.describe() for overrides in self._overrides],
-            "values_moved": self.values_moved,
-            "bytes_exchanged": self.bytes_exchanged,
-            "log_window": {"since": self._globalstep_last_logged, "moved": self._moved_since_log},
-            "architecture": describe_architecture(self.population.members[0]),
+            "values_moved": moved["values_moved"],
+            "bytes_exchanged": moved["bytes_exchanged"],
+            "log_window": {"since": self._globalstep_last_logged, "moved": moved["moved"]},
+            "architecture": describe_architecture(self.population.wholes[0]),
         }
+
+    # ---- Resume ----------------------------------------------------------------------------------------------------
 
     def _resolve_checkpoint(self, requested) -> str | None:
         """*Collective.* The folder to resume from, checked, the same on every process; `None` for a fresh start."""
@@ -1363,24 +1109,16 @@ class WashTrainer(Trainer):
 
     def _adopt(self, manifest: dict[str, Any], folder: str) -> None:
         """Check that a checkpoint belongs to this run; take over its population size where none was asked for."""
-        size = manifest["population_size"]
-        if size != self.population.size:
-            if self.args.population_size is not None or self._trainings:
-                raise ValueError(
-                    f"Cannot resume: `{folder}` holds a population of {size}, this run's is {self.population.size}."
-                )
-            if len(self._overrides) != size and any(any(o.describe().values()) for o in self._overrides):
-                raise ValueError(f"`members` lists {len(self._overrides)} members, but `{folder}` holds {size}.")
-            self._overrides = [MemberOverrides() for _ in range(size)]
-            self._smoothers = [self.label_smoother] * size
-            start = self.population.members[0]
-            self.population = Population(size, self.args.device, self.args.process_index, self.args.world_size)
-            if self.model_init is None:
-                first = self.population.indices[0]
-                self._populate(lambda index: start if index == first else copy_member(start))
-                self._place_members()
-        own = describe_architecture(self.population.members[0])
-        difference = first_difference([tuple(entry) for entry in own], _as_architecture(manifest["architecture"]))
+        if manifest["population_size"] != self.population.size:
+            self._adopt_size(manifest["population_size"], folder)
+        theirs = checkpoints.as_architecture(manifest["architecture"])
+        buffers = {name for name, _ in self.population.wholes[0].named_buffers()}
+        # A buffer may have grown while training.
+        own, theirs = (
+            [(name, None if name in buffers else shape, *rest) for name, shape, *rest in entries]
+            for entries in (describe_architecture(self.population.wholes[0]), theirs)
+        )
+        difference = first_difference(own, theirs)
         if difference is not None:
             raise ValueError(f"Cannot resume: `{folder}` holds another architecture, {difference}.")
         if manifest["seed"] != self.args.seed:
@@ -1395,15 +1133,32 @@ class WashTrainer(Trainer):
         if changed:
             logger.warning(f"Resuming with other options than `{folder}` was written with: {'; '.join(changed)}.")
 
+    def _adopt_size(self, size: int, folder: str) -> None:
+        if self.args.population_size is not None or self._trainings:
+            raise ValueError(
+                f"Cannot resume: `{folder}` holds a population of {size}, this run's is {self.population.size}."
+            )
+        if any(any(overrides.describe().values()) for overrides in self._overrides):
+            raise ValueError(f"`members` lists {len(self._overrides)} members, but `{folder}` holds {size}.")
+        self._overrides = [MemberOverrides() for _ in range(size)]
+        start, first = self.population.members[0], size // self.population.world_size * self.population.rank
+        self.population = self._empty_population(size)
+        if self.model_init is None:
+            self._populate(lambda index: start if index == first else copy_member(start))
+            self._place_members()
+        else:
+            self.call_model_init()
+        self._become(self.population.members[0])
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
         frozen = folder / checkpoints.FROZEN
-        for index, member in self.population:
-            checkpoints.read_weights(member, folder / f"member_{index}" / checkpoints.MEMBER_WEIGHTS)
-        if frozen.is_file():
-            for member in self.population.members:
-                checkpoints.read_weights(member, frozen)
-        self._soup_key = None
+        self.members  # noqa: B018
+        for index, whole in zip(self.population.indices, self.population.wholes, strict=True):
+            checkpoints.read_weights(whole, folder / f"member_{index}" / checkpoints.MEMBER_WEIGHTS)
+            if frozen.is_file():
+                checkpoints.read_weights(whole, frozen)
+        self.soup.forget()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -1414,7 +1169,8 @@ class WashTrainer(Trainer):
             parts[index] = training
             self._resume["streams"].append(checkpoints.decode_streams(streams))
         self._resume["parts"] = parts
-        checkpoints.put_together(self.optimizer, self.lr_scheduler, dict(self.population), parts)
+        wholes = dict(zip(self.population.indices, self.population.wholes, strict=True))
+        checkpoints.put_together(self.optimizer, self.lr_scheduler, wholes, parts)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.accelerator.scaler is None:
@@ -1430,14 +1186,10 @@ class WashTrainer(Trainer):
     def _continue_from(self, resume: dict[str, Any], epoch: int, placeholders: int) -> None:
         manifest, parts = resume["manifest"], resume["parts"]
         self._batches.resume_at(epoch, placeholders, manifest, resume["streams"])
-        self.values_moved, self.bytes_exchanged = manifest["values_moved"], manifest["bytes_exchanged"]
         window = manifest["log_window"]
-        self._globalstep_last_logged, self._moved_since_log = window["since"], list(window["moved"])
-        self._losses = torch.tensor(
-            [parts[index]["loss"] for index in self.population.indices], device=self.args.device
-        )
-        # The next log line covers steps from before the interruption; the loss of this call's steps does not.
-        self._total_loss_scalar = -self._mean_loss()[1]
+        self.mixing.resume(manifest["values_moved"], manifest["bytes_exchanged"], window["moved"])
+        self._globalstep_last_logged = window["since"]
+        self._log = MemberLog(self.population, [parts[index]["loss"] for index in self.population.indices])
 
     def _load_best_model(self) -> None:
         """*Collective.* Members and soup of the best checkpoint."""
@@ -1446,262 +1198,134 @@ class WashTrainer(Trainer):
         self._load_from_checkpoint(folder)
         self._serve_soup()
 
-    # ---- Hub -----------------------------------------------------------------------------------------------------
+    # ---- What has been exchanged -----------------------------------------------------------------------------------
 
-    # The message with which Trainer's `save_model` pushes by itself (5.23).
-    _PUSH_OF_SAVE_MODEL = "Model save"
+    @property
+    def mixer(self):
+        """The run's [`WashMixer`]; `None` before training and for one member."""
+        return self.mixing.mixer if self.mixing is not None else None
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    @property
+    def greedy_record(self):
+        """How a greedy soup was chosen, a [`GreedySoupRecord`]."""
+        return self.soup.greedy
+
+    @property
+    def values_moved(self) -> int:
+        """Values that changed owner since the run began, of all members."""
+        return self.mixing.values_moved if self.mixing is not None else 0
+
+    @property
+    def bytes_exchanged(self) -> int:
+        """Bytes of these values."""
+        return self.mixing.bytes_exchanged if self.mixing is not None else 0
+
+
+class WashTrainer(PopulationMixin, Trainer):
+    """
+    Trains a population of models that exchange a small random part of their weights after every optimizer step, as in
+    [WASH](https://hf.co/papers/2405.17517), and averages them into one *soup*. See [`PopulationMixin`] for what a
+    member is, and what the Trainer's model is when.
+
+    For image classifiers it knows more than for other models: soft labels of shape `(batch, num_labels)`, where the
+    collator says by an attribute `soft_labels` that it makes them, get the soft cross-entropy; and what it saves is
+    loadable by transformers and, for a timm model, by timm.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or `torch.nn.Module`, *optional*):
+            The model all members start as. Pass this or `model_init`. A timm model goes in as
+            [`~transformers.TimmWrapperForImageClassification`].
+        args ([`WashConfig`], *optional*):
+            The options. Batch size, learning rate, epochs and so on are those of one member.
+        members (`list[MemberOverrides]`, *optional*):
+            For each of the N members, what it does differently.
+        *further, **named:
+            As in [`~transformers.Trainer`], in its order.
+
+    Example:
+
+    ```python
+    >>> from hf_wash import WashConfig, WashTrainer
+
+    >>> args = WashConfig("soup", population_size=4, num_train_epochs=20)
+    >>> trainer = WashTrainer(model, args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
+    >>> trainer.train()
+    >>> trainer.save_model()  # the soup; AutoModelForImageClassification.from_pretrained("soup") loads it
+    ```
+    """
+
+    def __init__(self, model=None, args: WashConfig | None = None, *further, **named):
+        super().__init__(model, args if args is not None else WashConfig(output_dir="tmp_trainer"), *further, **named)
+
+    _example: dict[str, Any] | None = None
+
+    def training_step(self, model: nn.Module, inputs: list, *args, **kwargs):
+        """As [`PopulationMixin`]'s; two examples are remembered, to compare what is saved on."""
+        if self._example is None and hasattr(inputs[0], "items"):
+            self._example = {name: value[:2] for name, value in inputs[0].items() if isinstance(value, torch.Tensor)}
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _has_soft_labels(self, inputs) -> bool:
+        labels = inputs.get("labels") if hasattr(inputs, "get") else None
+        makes_them = getattr(self.data_collator, "soft_labels", False)
+        return makes_them and isinstance(labels, torch.Tensor) and labels.is_floating_point()
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+        # An example with soft labels is one item, not one for each class.
+        counted = [
+            {**batch, "labels": batch["labels"].new_zeros(len(batch["labels"]), dtype=torch.long)}
+            if self._has_soft_labels(batch)
+            else batch
+            for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, device)
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """
-        Make the repository and the branch to push to, on the main process.
+        The Trainer's loss; the soft labels of a collator that says so get the soft cross-entropy.
 
-        Raises:
-            ValueError: if that is not possible, before anything has been trained.
+        transformers (5.23) would take floating-point labels for a multi-label task, use another loss and write that
+        `problem_type` into the model's configuration.
         """
-        if not self.is_world_process_zero():
-            return
-        args, repo_id = self.args, self._repository_name()
-        remove_snapshots(Path(args.output_dir))
-        try:
-            self.hub_model_id = create_repository(
-                repo_id,
-                private=private if private is not None else args.hub_private_repo,
-                revision=args.hub_revision,
-                token=token if token is not None else args.hub_token,
-            )
-        except Exception as error:  # whatever it was: the network, the token, the name
-            raise ValueError(
-                f"`push_to_hub` is set, but `{repo_id}` cannot be written to: {explain(error)} Without `push_to_hub` "
-                f"the run stays here, and `hf-wash push {args.output_dir} {repo_id}` pushes it later."
-            ) from error
-        self.push_in_progress = None
-
-    def _repository_name(self) -> str:
-        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """
-        Write the model card, `README.md`, and what programs can read of it, `wash_run.json`. No process waits for
-        another. What somebody else wrote in a card that is there already is kept.
-
-        Args:
-            language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset (*optional*):
-                As in [`~transformers.Trainer.create_model_card`]. What is not given is taken from the call before,
-                else from the model and the data, as far as they tell; the license from the model this one was
-                fine-tuned from.
-            dataset_args (*optional*):
-                Not used.
-        """
-        if not self.is_world_process_zero():
-            return
-        given = {
-            "language": language,
-            "license": license,
-            "tags": tags,
-            "model_name": model_name,
-            "finetuned_from": finetuned_from,
-            "tasks": tasks,
-            "dataset_tags": dataset_tags,
-            "dataset": dataset,
-        }
-        self._card_options = {**self._given_for_card(), **{name: v for name, v in given.items() if v is not None}}
-        write_record(self.args.output_dir, self._run_record())
-        self._write_card(self.args.output_dir)
-
-    def _given_for_card(self) -> dict[str, Any]:
-        return getattr(self, "_card_options", {})
-
-    def _write_card(self, model_folder: str, **options: Any) -> None:
-        config = getattr(unwrap_model(self.model), "config", None)
-        known = {
-            "repo_id": self.hub_model_id,
-            "revision": self.args.hub_revision,
-            "members": self.args.push_members if self.hub_model_id is not None else None,
-            "record": self._run_record(),
-            "config": config.to_dict() if hasattr(config, "to_dict") else config,
-            "metrics": last_evaluation(self.state.log_history) or None,
-            "log_history": self.state.log_history or None,
-        }
-        card = WashCard.from_folder(model_folder, **{**known, **options})
-        for problem in card.write(self.args.output_dir):
-            logger.warning(problem)
-
-    def save_state(self) -> None:
-        """Save `trainer_state.json` and, for programs, how the run was made: `wash_run.json`. No process waits."""
-        super().save_state()
-        if self.is_world_process_zero():
-            write_record(self.args.output_dir, self._run_record())
-
-    def _run_record(self) -> dict[str, Any]:
-        """What `wash_run.json` says, from this process's knowledge alone."""
-        return describe_run(
-            args=self.args,
-            state=self.state,
-            model=unwrap_model(self.model),
-            population=self.population,
-            overrides=self._overrides,
-            exchanged=(self.values_moved, self.bytes_exchanged),
-            greedy=self.greedy_record,
-            batch_size=self.get_total_train_batch_size(self.args),
-            datasets=(self.train_dataset, self.eval_dataset),
-            card=self._given_for_card(),
+        if self.compute_loss_func is not None or not self._has_soft_labels(inputs):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        smoothing = self.label_smoother.epsilon if self.label_smoother is not None else 0.0
+        losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+        items = (
+            num_items_in_batch if self.model_accepts_loss_kwargs and num_items_in_batch is not None else len(labels)
         )
+        loss = losses.sum() / items
+        return (loss, outputs) if return_outputs else loss
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
-    ):
-        """
-        Upload the soup with its card and, with `push_members`, the members under `members/member_<i>/`, in one commit.
+    def _check_export_folder(self) -> None:
+        member, folder = unwrap_model(self.population.members[0]), self.args.output_dir
+        problem = folder_problem(member, folder) if self.args.should_save and is_image_classifier(member) else None
+        for found in self.population.gather_processes(problem):
+            if found is not None:
+                raise ValueError(found)
 
-        After training no process waits for another, so that scripts may call it on the main one alone. While
-        training, call it on every process.
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = unwrap_model(self.model)
+        if not is_image_classifier(model):
+            super()._save(output_dir, state_dict)
+            return
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        if self.args.should_save:
+            export_model(model, folder, processing_class=self.processing_class, state_dict=state_dict, check=False)
+            torch.save(self.args, os.path.join(folder, "training_args.bin"))
 
-        Args:
-            commit_message, blocking, token, revision, private (*optional*):
-                As in [`~transformers.Trainer.push_to_hub`]. A branch that is not there is made.
-            kwargs (*optional*):
-                Passed to [`~WashTrainer.create_model_card`].
-
-        Returns:
-            [`~huggingface_hub.CommitInfo`] or a `Future` of it, on the main process.
-
-        Raises:
-            PushError: if the upload fails. What is in `output_dir` is whole; the message says how to push it later.
-        """
-        args = self.args
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        # Before the files that are being uploaded are written anew.
-        self._finish_current_push()
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        kwargs.setdefault(
-            "model_name", self._given_for_card().get("model_name", self._repository_name().split("/")[-1])
-        )
-        self.create_model_card(**kwargs)
-
-        def with_full_name(repo_id: str) -> None:
-            self.hub_model_id = repo_id
-            self.create_model_card()
-
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the soup; the final one, of an image classifier, is loaded back with every loader and compared, once."""
+        super().save_model(output_dir, _internal_call)
+        model = unwrap_model(self.model)
+        if not (self.args.should_save and self.soup.served and is_image_classifier(model)) or self.soup.is_checked:
+            return
+        self.soup.is_checked = True
+        folder = output_dir if output_dir is not None else self.args.output_dir
         try:
-            return push_folder(
-                args.output_dir,
-                self._repository_name(),
-                members=args.push_members,
-                private=private if private is not None else args.hub_private_repo,
-                revision=revision if revision is not None else args.hub_revision,
-                token=token if token is not None else args.hub_token,
-                commit_message=commit_message or "End of training",
-                prepare=with_full_name,
-                blocking=blocking,
-            )
-        except PushError as error:
-            # What comes after `save_model` in a script, the members and the metrics, must not be lost for that.
-            if commit_message != self._PUSH_OF_SAVE_MODEL:
-                raise
-            logger.error(str(error))
-            return None
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """
-        Upload a checkpoint's soup in the background and, as `hub_strategy` says, the checkpoint.
-
-        Trainer's own copies the model to `output_dir` first, with a processor's file beside a timm model that must not
-        have one, uploads from a folder that the next save or the rotation of checkpoints may change meanwhile, and
-        does not tell when an upload has failed (5.23).
-        """
-        args, folder = self.args, Path(checkpoint_folder)
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
-            return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        try:
-            self._write_card(checkpoint_folder, pictures=False, members=False)
-            output_dir = Path(args.output_dir)
-            files = {name: path for name, path in root_files(output_dir).items() if path.suffix != ".safetensors"}
-            files |= {name: path for name, path in root_files(folder).items() if not self._is_for_resuming(name)}
-            replaced = []
-            if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-                place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else folder.name
-                files |= {f"{place}/{name}": path for name, path in root_files(folder).items()}
-                replaced.append(f"{place}/")
-            steps = args.save_strategy == SaveStrategy.STEPS
-            at = f"step {self.state.global_step}" if steps else f"epoch {int(self.state.epoch)}"
-            job = push_in_background(
-                self.hub_model_id,
-                files,
-                output_dir,
-                replaced=replaced,
-                revision=args.hub_revision,
-                token=args.hub_token,
-                commit_message=f"Training in progress, {at}",
-            )
-        except Exception as error:  # training is worth more than an upload that the next one makes up for
-            logger.warning(f"`{folder}` is not pushed to {self.hub_model_id}: {explain(error)} Training goes on.")
-            return
-        job.add_done_callback(lambda done: self._report_push(folder, done))
-        jobs = self.push_in_progress.jobs if busy else []
-        self.push_in_progress = PushInProgress([*jobs, job])
-
-    def _report_push(self, folder: Path, job) -> None:
-        error = None if job.cancelled() else job.exception()
-        if error is not None:
-            logger.warning(
-                f"Pushing `{folder}` to {self.hub_model_id} failed: {explain(error)} It is whole here, and the next "
-                "save is pushed again."
-            )
-
-    @staticmethod
-    def _is_for_resuming(name: str) -> bool:
-        """Whether a file of a checkpoint serves to resume from it, not to use its model."""
-        return name.startswith("member_") or name in (checkpoints.MANIFEST, checkpoints.FROZEN, "trainer_state.json")
-
-
-def _folder_problem(folder: Path) -> str | None:
-    """Why nothing could be written to a folder, as the rest of a sentence. Makes nothing."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        return "is a file" if there == folder else f"cannot be made: `{there}` is a file"
-    if not os.access(there, os.W_OK | os.X_OK):
-        return "cannot be written to" if there == folder else f"cannot be made: `{there}` cannot be written to"
-    return None
-
-
-def _as_architecture(listing: list) -> list[tuple]:
-    """An architecture that has been through JSON."""
-    return [(name, tuple(shape), dtype, trained) for name, shape, dtype, trained in listing]
-
-
-class _Progress:
-    """What progress bars take for the evaluation's loader: its data set, and the length of all that will be done."""
-
-    def __init__(self, dataloader, population: Population, second_pass: bool):
-        self._dataloader = dataloader
-        self._rank, self._world_size, self._second_pass = population.rank, population.world_size, second_pass
-
-    def __len__(self) -> int:
-        batches = len(self._dataloader)
-        return len(range(self._rank, batches, self._world_size)) + (batches if self._second_pass else 0)
-
-    def __getattr__(self, name: str):
-        return getattr(self._dataloader, name)
+            check_export(folder, model, processing_class=self.processing_class, example=self._example)
+        except (RuntimeError, ValueError) as problem:
+            logger.warning(f"The soup is saved, but its folder could not be shown to load everywhere: {problem}")

@@ -76,6 +76,9 @@ def mix_labels(features):
     return {"pixel_values": batch["pixel_values"], "labels": 0.7 * mixed + 0.3 * mixed.roll(1, 0)}
 
 
+mix_labels.soft_labels = True
+
+
 def overrides(folder):
     """Members that differ in data, collator, rate, decay and smoothing."""
     members = [

@@ -85,15 +85,16 @@ def t5() -> T5ForConditionalGeneration:
 
 
 @cache
-def with_population(trainer: type, config: type) -> tuple[type, type]:
-    """What a user writes as two classes without a body."""
-    population_trainer = type(f"Wash{trainer.__name__}", (PopulationMixin, trainer), {})
-    population_config = make_dataclass(f"Wash{config.__name__}", [], bases=(PopulationArguments, config))
-    for made in (population_trainer, population_config):
-        # The Trainer pickles its arguments, which wants their class to be found by its name.
-        made.__module__ = __name__
-        globals()[made.__name__] = made
-    return population_trainer, population_config
+def with_population(cls: type) -> type:
+    """What a user writes as a class without a body."""
+    if issubclass(cls, TrainingArguments):
+        made = make_dataclass(f"Wash{cls.__name__}", [], bases=(PopulationArguments, cls))
+    else:
+        made = type(f"Wash{cls.__name__}", (PopulationMixin, cls), {})
+    # The Trainer pickles its arguments, which wants their class to be found by its name.
+    made.__module__ = __name__
+    globals()[made.__name__] = made
+    return made
 
 
 @dataclass
@@ -134,7 +135,7 @@ class Scenario:
 
     def population(self, folder, size: int = 2, **overrides) -> Trainer:
         """The Trainer with nothing but [`PopulationMixin`] put before it."""
-        trainer, config = with_population(self.trainer, self.config)
+        trainer, config = with_population(self.trainer), with_population(self.config)
         arguments = {"population_size": size, "shuffle_probability": 0.3, **overrides}
         return trainer(args=config(**self.arguments(folder, **arguments)), **self.given())
 

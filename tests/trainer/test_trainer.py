@@ -276,8 +276,7 @@ def test_a_second_run_of_a_model_init_starts_anew(tmp_path):
 
 def test_members_train_on_disjoint_parts_of_equal_size(tmp_path):
     trainer = population(tmp_path, size=4, member_data="shard", trainer={"train_dataset": Digits(0, 331)})
-    trainer.get_train_dataloader()
-    parts = [set(loader.dataloader.dataset.indices) for loader in [*trainer._batches.loaders]]
+    parts = [set(member.train_dataset.indices) for member in trainer.members]
     assert [len(part) for part in parts] == [82] * 4 and len(set.union(*parts)) == 328
 
 

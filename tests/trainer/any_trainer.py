@@ -84,6 +84,19 @@ def t5() -> T5ForConditionalGeneration:
 # ---- The runs ------------------------------------------------------------------------------------------------------
 
 
+@cache
+def with_population(cls: type) -> type:
+    """What a user writes as a class without a body."""
+    if issubclass(cls, TrainingArguments):
+        made = make_dataclass(f"Wash{cls.__name__}", [], bases=(PopulationArguments, cls))
+    else:
+        made = type(f"Wash{cls.__name__}", (PopulationMixin, cls), {})
+    # The Trainer pickles its arguments, which wants their class to be found by its name.
+    made.__module__ = __name__
+    globals()[made.__name__] = made
+    return made
+
+
 @dataclass
 class Scenario:
     """A Trainer, what it takes beside its arguments, and how what it saves is used."""
@@ -122,8 +135,7 @@ class Scenario:
 
     def population(self, folder, size: int = 2, **overrides) -> Trainer:
         """The Trainer with nothing but [`PopulationMixin`] put before it."""
-        trainer = type(f"Wash{self.trainer.__name__}", (PopulationMixin, self.trainer), {})
-        config = make_dataclass(f"Wash{self.config.__name__}", [], bases=(PopulationArguments, self.config))
+        trainer, config = with_population(self.trainer), with_population(self.config)
         arguments = {"population_size": size, "shuffle_probability": 0.3, **overrides}
         return trainer(args=config(**self.arguments(folder, **arguments)), **self.given())
 
@@ -179,20 +191,23 @@ def sft_trainer() -> Scenario:
         },
         AutoModelForCausalLM.from_pretrained,
         lambda model: model(token_ids(SENTENCES[0])).logits,
-        {"max_length": 16, "bf16": False},
+        {"max_length": 16, "bf16": False, "gradient_accumulation_steps": 2},
     )
 
 
-def adapter_trainer() -> Scenario:
-    """TRL puts adapters on the model it is given, and all but those are frozen."""
+def with_adapters(scenario: Scenario) -> Scenario:
+    """The same, where TRL puts adapters on the model it is given, and all but those are frozen."""
     from peft import LoraConfig, PeftModel
 
     def base():
         return started(lambda: LlamaForCausalLM(llama_config()))
 
-    scenario = sft_trainer()
     given = scenario.given
-    scenario.given = lambda: {**given(), "peft_config": LoraConfig(r=2, lora_dropout=0.1, task_type="CAUSAL_LM")}
+    # The model without its adapter is DPO's reference.
+    scenario.given = lambda: {
+        **{name: value for name, value in given().items() if name != "ref_model"},
+        "peft_config": LoraConfig(r=2, lora_dropout=0.1, task_type="CAUSAL_LM"),
+    }
     scenario.load = lambda folder: PeftModel.from_pretrained(base(), folder)
     return scenario
 
@@ -358,8 +373,9 @@ SCENARIOS = {
     "Trainer": plain_trainer,
     "Seq2SeqTrainer": seq2seq_trainer,
     "SFTTrainer": sft_trainer,
-    "SFTTrainer with adapters": adapter_trainer,
+    "SFTTrainer with adapters": lambda: with_adapters(sft_trainer()),
     "DPOTrainer": dpo_trainer,
+    "DPOTrainer with adapters": lambda: with_adapters(dpo_trainer()),
     "RewardTrainer": reward_trainer,
     "SentenceTransformerTrainer": sentence_transformer_trainer,
     "a Trainer of one's own": opinionated_trainer,

@@ -1,6 +1,7 @@
 """A population in any Trainer: each member is that Trainer's own run, and the soup is saved as that Trainer saves."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ def test_without_mixing_member_k_is_that_trainers_own_run_with_seed_plus_k(run, 
         assert state_digest(member) == state_digest(expected.model), f"member {index}"
         assert len(losses(expected)) == STEPS
         assert losses(trainer, f"member_{index}_loss") == losses(expected), f"member {index}"
+        assert trainer.evaluate()[f"eval_member_{index}_loss"] == expected.evaluate()["eval_loss"], f"member {index}"
 
 
 def test_members_exchange_and_evaluate(run, tmp_path):
@@ -66,3 +68,47 @@ def test_a_run_resumed_in_the_middle_is_the_undisturbed_one(run, tmp_path):
     assert state_digest(resumed.model) == state_digest(whole.model)
     for key in ("loss", "member_0_loss", "member_1_loss"):
         assert losses(resumed, key) == losses(whole, key)
+
+
+def test_what_a_subclass_overrides_stays_in_force(tmp_path):
+    run = scenario("a Trainer of one's own")
+    called = Counter()
+
+    class Counting(run.trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            # One member's batch on one member, and no more processes than it has.
+            called["compute_loss"] += 1
+            assert isinstance(inputs["pixel_values"], torch.Tensor) and self.accelerator.num_processes == 1
+            assert any(model is member for member in [*self.population.members, self.model])
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            called["training_step"] += 1
+            return super().training_step(model, inputs, *args, **kwargs)
+
+        def get_train_dataloader(self):
+            called["get_train_dataloader"] += 1
+            return super().get_train_dataloader()
+
+        def create_optimizer(self, *args, **kwargs):
+            called["create_optimizer"] += 1
+            return super().create_optimizer(*args, **kwargs)
+
+        def prediction_step(self, *args, **kwargs):
+            called["prediction_step"] += 1
+            return super().prediction_step(*args, **kwargs)
+
+    run.trainer = Counting
+    trainer = run.population(tmp_path)
+    trainer.train()
+    assert called["training_step"] == called["compute_loss"] == 2 * STEPS
+    assert called["get_train_dataloader"] == 2 and called["create_optimizer"] >= 2
+    assert losses(trainer, "line") == list(range(1, STEPS + 1))
+    assert trainer.temperature == 2.0
+    rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}
+    decays = {group["weight_decay"] for group in trainer.optimizer.param_groups}
+    assert len(rates) == 2 and decays == {0.0, 0.1}
+
+    trainer.evaluate()
+    # The soup's and two members' on each of the batches.
+    assert called["prediction_step"] == 3 * -(-len(trainer.eval_dataset) // trainer.args.eval_batch_size)

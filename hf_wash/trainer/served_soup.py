@@ -1,6 +1,5 @@
 """[`ServedSoup`]: the soup that the Trainer hands out in the place of its members: built, kept, and known by its state."""
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -92,7 +91,7 @@ class ServedSoup:
 
 
 def _copy(whole: nn.Module, share_frozen: bool) -> nn.Module:
-    made = copy_member(whole) if share_frozen else copy.deepcopy(whole)
+    made = copy_member(whole, share=share_frozen)
     for module in made.modules():
         own = vars(module)
         # The copy brings along the autocast that was wrapped around the member's forward (accelerate 1.15), which may

@@ -228,7 +228,8 @@ def dpo_trainer() -> Scenario:
         DPOConfig,
         lambda: {
             "model": started(lambda: LlamaForCausalLM(llama_config())),
-            "ref_model": started(lambda: LlamaForCausalLM(llama_config())),
+            # In evaluation mode: its dropout would draw from the streams of whoever asks it.
+            "ref_model": started(lambda: LlamaForCausalLM(llama_config())).eval(),
             "train_dataset": preferences(),
             "eval_dataset": preferences().select(range(10)),
             "processing_class": tokenizer(),

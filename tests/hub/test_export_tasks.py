@@ -9,7 +9,14 @@ import torch
 from hub import tiny_models
 from safetensors import safe_open
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers import (
+    BertForQuestionAnswering,
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+)
 
 from hf_wash.hub import CannotCheck, check_export, export_model, is_image_classifier, load_model, writing_here
 from hf_wash.soup import uniform_soup
@@ -39,6 +46,24 @@ def test_a_model_of_any_task_is_exported_checked_and_loaded_by_its_class(name, t
         assert torch.equal(value, soup[key]), key
     with pytest.raises(RuntimeError, match="from_pretrained gives"):
         check_export(tmp_path, members[1])
+
+
+@pytest.mark.parametrize("knows_backbone", [True, False])
+def test_an_adapter_of_another_task_is_loaded_onto_the_class_it_was_trained_on(knows_backbone, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    export_model(tiny_models.tiny("BertForMaskedLM"), tmp_path / "backbone")
+    backbone = BertForQuestionAnswering.from_pretrained(tmp_path / "backbone")
+    config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["qa_outputs"], task_type="QUESTION_ANS")
+    model = get_peft_model(backbone, config)
+    export_model(model, tmp_path / "adapter")
+    if not knows_backbone:  # as PEFT saves it
+        (tmp_path / "adapter" / "backbone_config.json").unlink()
+    loaded = load_model(tmp_path / "adapter")
+    assert type(loaded.get_base_model()) is BertForQuestionAnswering
+    words = torch.arange(1, 11).reshape(2, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(words).start_logits, model.eval()(words).start_logits)
 
 
 def test_models_that_classify_images_are_told_from_others():

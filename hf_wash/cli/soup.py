@@ -12,19 +12,12 @@ from .images import ImageFolder
 from .terminal import note, quiet, shortened
 
 
-# What of a model's folder describes the model, not how it was trained.
+# What of a model's folder describes the model, not how it was trained, beside the files of its tokenizer.
 _DESCRIPTIONS = (
-    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
-    *(
-        "adapter_config.json",
-        "backbone_config.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "special_tokens_map.json",
-    ),
-    *("added_tokens.json", "spiece.model", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
-    "tokenizer.model",
+    *("config.json", "generation_config.json", "adapter_config.json", "backbone_config.json"),
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    "normalizer.json",
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _BATCH_NORM_STATISTICS = ".running_mean"
@@ -74,6 +67,9 @@ def soup(
     for folder in folders:
         find_weight_files(folder)
     _check_descriptions(models, folders)
+    _check_tokenizers(models, folders)
+    if eval_data is not None:
+        _check_classifies_images(models[0], folders[0])
     if len(models) == 1:
         note(f"A soup of one: its weights are those of {models[0]}.")
 
@@ -180,17 +176,59 @@ def _check_descriptions(models: list[str], folders: list[Path]) -> None:
                 )
 
 
+def _check_tokenizers(models: list[str], folders: list[Path]) -> None:
+    """Equal rows of two embeddings have to stand for equal words."""
+    from ..hub.loading import TOKENIZER_FILES, read_json
+
+    def words(file: Path) -> Any:
+        if file.name != "tokenizer.json":
+            return file.read_bytes()
+        # Not all of it: how a tokenizer last padded is in it, too.
+        model = read_json(file).get("model") or {}
+        return model.get("vocab"), model.get("merges")
+
+    for name in ("tokenizer.json", "vocab.json", *(name for name in TOKENIZER_FILES if not name.endswith(".jinja"))):
+        if not (folders[0] / name).is_file():
+            continue
+        first = words(folders[0] / name)
+        for model, folder in zip(models[1:], folders[1:], strict=True):
+            if (folder / name).is_file() and words(folder / name) != first:
+                raise ValueError(
+                    f"{model} cannot be averaged with {models[0]}: its {name} numbers other words than that one's."
+                )
+
+
+def _check_classifies_images(model: str, folder: Path) -> None:
+    import transformers
+
+    from ..hub.kinds import image_classifier_names
+    from ..hub.loading import BACKBONE_CONFIG, read_json
+
+    file = next((folder / name for name in ("config.json", BACKBONE_CONFIG) if (folder / name).is_file()), None)
+    # timm's models are all of this kind; an adapter that does not know its backbone, or a class that transformers does
+    # not, is judged by what loads it.
+    content = {} if file is None else read_json(file)
+    names = [name for name in content.get("architectures") or [] if hasattr(transformers, name)]
+    if names and "pretrained_cfg" not in content and not image_classifier_names().intersection(names):
+        raise ValueError(
+            f"--eval-data measures the accuracy of image classifiers, and {model} is a {names[0]}: leave it and --greedy "
+            "out, or choose with `hf_wash.soup.greedy_soup` and a score of your own."
+        )
+
+
 def _write(folder: Path, like: Path, weights: dict[str, Any]) -> None:
     """A model's folder: these weights, and what describes the model from another folder."""
     from safetensors.torch import save_file
 
-    from ..hub.loading import ADAPTER_CONFIG
+    from ..hub.loading import ADAPTER_CONFIG, TOKENIZER_FILES
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for name in _DESCRIPTIONS:
-        if (like / name).is_file():
-            shutil.copyfile(like / name, folder / name)
+    for pattern in (*_DESCRIPTIONS, *TOKENIZER_FILES):
+        for file in like.glob(pattern):
+            target = folder / file.relative_to(like)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
     adapter = (like / ADAPTER_CONFIG).is_file()
     name = "adapter_model.safetensors" if adapter else "model.safetensors"
     save_file(weights, folder / name, metadata={"format": "pt"})

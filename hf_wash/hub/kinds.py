@@ -40,16 +40,21 @@ def is_image_classifier(model: nn.Module) -> bool:
             Any model. Classes that transformers lists for image classification are meant and those derived from them,
             timm's models, wrapped or not, and adapters on either.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-
     if is_peft(model):
         return is_image_classifier(model.get_base_model())
     if is_bare_timm(model):
         return True
-    names = set()
+    return not image_classifier_names().isdisjoint(base.__name__ for base in type(model).__mro__)
+
+
+def image_classifier_names() -> set[str]:
+    """The names of transformers' classes for image classification."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+    names: set[str] = set()
     for entry in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values():
         names.update([entry] if isinstance(entry, str) else entry)
-    return any(base.__name__ in names for base in type(model).__mro__)
+    return names
 
 
 def is_peft(model: Any) -> bool:

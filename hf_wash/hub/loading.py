@@ -18,6 +18,13 @@ from ..soup.weights import find_weight_files
 BACKBONE_CONFIG = "backbone_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 
+# What tokenizers are made of beside JSON. By name: of `*.model` and `*.txt` there are others, pickles among them.
+TOKENIZER_FILES = (
+    *("vocab.txt", "merges.txt", "bpe.codes", "tokenizer.model", "spiece.model", "sentencepiece.model"),
+    *("sentencepiece.bpe.model", "spm.model", "source.spm", "target.spm", "chat_template.jinja"),
+    "additional_chat_templates/*.jinja",
+)
+
 # For what PEFT calls a task, the head that an adapter was trained under.
 _CLASS_OF_TASK = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -116,7 +123,8 @@ def find_folder(
     part: str | None = None,
 ) -> Path:
     """
-    The local folder of a model, downloaded from the Hub where there is none of that name.
+    The local folder of a model, downloaded from the Hub where there is none of that name: weights as safetensors,
+    configurations and tokenizers.
 
     Args:
         folder_or_repo (`str` or `Path`):
@@ -138,14 +146,14 @@ def find_folder(
         if revision is not None:
             raise ValueError(f"{folder_or_repo} is a folder of this machine, which has no revision {revision!r}.")
         return Path(folder_or_repo)
-    wanted = ["*.json", "*.safetensors"]
+    wanted = ["*.json", "*.safetensors", *TOKENIZER_FILES]
     try:
         # `*` matches slashes too, hence the second list.
         path = snapshot_download(
             str(folder_or_repo),
             revision=revision,
             token=token,
-            allow_patterns=wanted if part is None else [f"{part}/{pattern}" for pattern in wanted],
+            allow_patterns=wanted if part is None else [f"{part}/*{pattern}" for pattern in wanted],
             ignore_patterns=["members/*", "_members/*", "checkpoint-*"] if part is None else None,
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:

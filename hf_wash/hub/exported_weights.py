@@ -13,7 +13,7 @@ from ..soup.weights import check_alike, open_member
 
 logger = logging.getLogger(__name__)
 
-_WRAPPER_PREFIX = "timm_model."
+WRAPPER_PREFIX = "timm_model."
 
 
 def complete_weights(model: Any, kind: str, state_dict: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
@@ -72,7 +72,7 @@ def weights_for_transformers(model: Any, weights: Mapping[str, torch.Tensor]) ->
 
 def weights_for_timm(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """As timm has them: without the wrapper's prefix, and tied ones each by itself, since timm loads every name."""
-    return {name.removeprefix(_WRAPPER_PREFIX): value.contiguous() for name, value in _each_by_itself(weights).items()}
+    return {name.removeprefix(WRAPPER_PREFIX): value.contiguous() for name, value in _each_by_itself(weights).items()}
 
 
 def _each_by_itself(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

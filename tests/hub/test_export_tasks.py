@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 
 import pytest
 import timm
@@ -95,6 +96,21 @@ def test_equal_weights_answer_equally_wherever_a_file_puts_them(tmp_path):
             parameter.add_(0.2 * torch.randn_like(parameter))
     export_model(model, tmp_path, check=False)
     assert check_export(tmp_path, model, tolerance=0.0) == {"transformers": 0.0}
+
+
+def test_positions_that_a_cast_has_rounded_are_no_fault_of_the_export(tmp_path):
+    # `model.bfloat16()` rounds frequencies that are in no file, and that a loader computes anew in float32.
+    model = tiny_models.tiny("LlamaForCausalLM")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    export_model(model.bfloat16(), tmp_path)
+    # Other frequencies are.
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 100.0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="gives logits that differ"):
+        check_export(tmp_path, model)
 
 
 @pytest.mark.parametrize(

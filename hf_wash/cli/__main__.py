@@ -1,6 +1,6 @@
 """So that `python -m hf_wash.cli` is `hf-wash`."""
 
-from .main import main
+from . import main
 
 
 main()

@@ -18,6 +18,23 @@ from ..soup.weights import find_weight_files
 BACKBONE_CONFIG = "backbone_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 
+# What tokenizers are made of beside JSON. By name: of `*.model` and `*.txt` there are others, pickles among them.
+TOKENIZER_FILES = (
+    *("vocab.txt", "merges.txt", "bpe.codes", "tokenizer.model", "spiece.model", "sentencepiece.model"),
+    *("sentencepiece.bpe.model", "spm.model", "source.spm", "target.spm", "chat_template.jinja"),
+    "additional_chat_templates/*.jinja",
+)
+
+# For what PEFT calls a task, the head that an adapter was trained under.
+_CLASS_OF_TASK = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
 
 def load_model(
     folder_or_repo: str | Path,
@@ -40,8 +57,8 @@ def load_model(
             For an adapter: the backbone to put it on, or where that is. The one that the adapter names if not given.
 
     Returns:
-        `torch.nn.Module`: the model on the CPU, in evaluation mode. A `PreTrainedModel` for a transformers model; for
-        a timm model `TimmWrapperForImageClassification` (its `timm_model` is the bare one); a `PeftModel` for an
+        `torch.nn.Module`: the model on the CPU, in evaluation mode. For a transformers model the class that its
+        `config.json` names under `architectures`, of whichever task; for a timm model `TimmWrapperForImageClassification` (its `timm_model` is the bare one); a `PeftModel` for an
         adapter.
 
     Raises:
@@ -106,7 +123,8 @@ def find_folder(
     part: str | None = None,
 ) -> Path:
     """
-    The local folder of a model, downloaded from the Hub where there is none of that name.
+    The local folder of a model, downloaded from the Hub where there is none of that name: weights as safetensors,
+    configurations and tokenizers.
 
     Args:
         folder_or_repo (`str` or `Path`):
@@ -128,14 +146,14 @@ def find_folder(
         if revision is not None:
             raise ValueError(f"{folder_or_repo} is a folder of this machine, which has no revision {revision!r}.")
         return Path(folder_or_repo)
-    wanted = ["*.json", "*.safetensors"]
+    wanted = ["*.json", "*.safetensors", *TOKENIZER_FILES]
     try:
         # `*` matches slashes too, hence the second list.
         path = snapshot_download(
             str(folder_or_repo),
             revision=revision,
             token=token,
-            allow_patterns=wanted if part is None else [f"{part}/{pattern}" for pattern in wanted],
+            allow_patterns=wanted if part is None else [f"{part}/*{pattern}" for pattern in wanted],
             ignore_patterns=["members/*", "_members/*", "checkpoint-*"] if part is None else None,
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
@@ -159,25 +177,36 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _load_complete(folder: Path, config: Any = None) -> nn.Module:
-    """The model in `folder`, built after `config` where given; weights of other shapes are then left out."""
-    import transformers
-    from transformers import AutoModelForImageClassification
-
+def _load_complete(folder: Path, config: Any = None, class_name: str | None = None) -> nn.Module:
+    """
+    The model in `folder`, built after `config` where given; weights of other shapes are then left out. Of the class
+    that it was saved from if none is given.
+    """
     find_weight_files(folder)
     own_config = config is None
     if own_config:
         config = _config_of(folder / "config.json")
-    loader: Any = AutoModelForImageClassification
-    if type(config) not in AutoModelForImageClassification._model_mapping:
-        names = config.architectures or []
-        loader = getattr(transformers, names[0], None) if names else None
-        if loader is None:
-            raise ValueError(
-                f"{folder} holds a model of type '{config.model_type}' ({', '.join(names) or 'no architecture named'}), "
-                "which transformers has no image classifier or other class for."
-            )
-    return loader.from_pretrained(folder, config=config, use_safetensors=True, ignore_mismatched_sizes=not own_config)
+    return _class_for(folder, config, class_name).from_pretrained(
+        folder, config=config, use_safetensors=True, ignore_mismatched_sizes=not own_config
+    )
+
+
+def _class_for(folder: Path, config: Any, name: str | None) -> Any:
+    """The class of that name, or that `config` names; an image classifier where transformers has neither."""
+    import transformers
+    from transformers import AutoModelForImageClassification
+
+    names = config.architectures or []
+    for candidate in [name, *names]:
+        found = getattr(transformers, candidate, None) if candidate else None
+        if found is not None:
+            return found
+    if type(config) in AutoModelForImageClassification._model_mapping:
+        return AutoModelForImageClassification
+    raise ValueError(
+        f"{folder} holds a model of type '{config.model_type}' ({', '.join(names) or 'no architecture named'}), "
+        "which transformers has no image classifier or other class for."
+    )
 
 
 def _config_of(file: Path) -> Any:
@@ -198,12 +227,21 @@ def _load_adapter(folder: Path, base_model: nn.Module | str | Path | None, token
 
     find_weight_files(folder)
     if not isinstance(base_model, nn.Module):
-        named = base_model or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        adapter = read_json(folder / ADAPTER_CONFIG)
+        named = base_model or adapter.get("base_model_name_or_path")
         if not named:
             raise ValueError(
                 f"The adapter in {folder} does not say which backbone it belongs to: pass it as `base_model`."
             )
         base_folder = find_folder(named, token=token)
-        config = _config_of(folder / BACKBONE_CONFIG) if (folder / BACKBONE_CONFIG).is_file() else None
-        base_model = _load_complete(base_folder, config)
+        if (folder / BACKBONE_CONFIG).is_file():
+            base_model = _load_complete(base_folder, _config_of(folder / BACKBONE_CONFIG))
+        else:
+            base_model = _load_complete(base_folder, class_name=_backbone_class(adapter))
     return PeftModel.from_pretrained(base_model, folder).eval()
+
+
+def _backbone_class(adapter: dict[str, Any]) -> str | None:
+    # A backbone was often saved with another head, or none, than the adapter was trained under.
+    named = (adapter.get("auto_mapping") or {}).get("base_model_class")
+    return named or _CLASS_OF_TASK.get(adapter.get("task_type"))

@@ -1,0 +1,65 @@
+"""
+The commands put together, and what their words and messages are.
+
+A user's mistake is one line on stderr and exit code 2.
+"""
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from .card import card
+from .inspect import inspect
+from .push import push
+from .soup import soup
+
+
+app = typer.Typer(
+    name="hf-wash",
+    help="Soups of models, and population runs: make, inspect, describe and push them.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for _command in (soup, push, card, inspect):
+    app.command()(_command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point of `hf-wash`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.basicConfig(format="hf-wash: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    try:
+        code = app(arguments or ["--help"], standalone_mode=False)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's own, about the words of the command
+            reason = error.format_message()
+        elif isinstance(error, (ValueError, OSError, RuntimeError)):
+            reason = str(error) or type(error).__name__
+        else:
+            raise
+        print(f"hf-wash: error: {' '.join(reason.split())}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

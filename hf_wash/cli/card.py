@@ -1,0 +1,21 @@
+"""`hf-wash card`: the model card of a run, written from its folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run.")],
+    repo: Annotated[str | None, typer.Option(help="The repository that the code in the card should name.")] = None,
+) -> None:
+    """Write the model card of a run, README.md, from what its folder holds.
+
+    What somebody else wrote in the card is kept: only the part between the marks is replaced, and metadata that is
+    missing is added.
+    """
+    from ..hub.card import write_card
+
+    write_card(folder, repo_id=repo)
+    print(f"Wrote {folder / 'README.md'}.")

@@ -1,0 +1,315 @@
+"""`hf-wash soup`: the average of models that are there already, as a folder like theirs."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .images import ImageFolder
+from .terminal import note, quiet, shortened
+
+
+# What of a model's folder describes the model, not how it was trained, beside the files of its tokenizer.
+_DESCRIPTIONS = (
+    *("config.json", "generation_config.json", "adapter_config.json", "backbone_config.json"),
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    "normalizer.json",
+)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_BATCH_NORM_STATISTICS = ".running_mean"
+# As `WashConfig.soup_batch_norm_batches`.
+_RECALIBRATION_BATCHES = 100
+
+
+def soup(
+    models: Annotated[list[str], typer.Argument(help="Folders or Hub ids of models with one architecture.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write; must not hold anything yet.")],
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Average only those models that raise the accuracy on --eval-data.")
+    ] = False,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(help="A folder of images, one folder for each class. Held out: not what is reported on."),
+    ] = None,
+    recalibrate_bn: Annotated[
+        bool, typer.Option("--recalibrate-bn", help="Measure BatchNorm statistics anew, on --train-data.")
+    ] = False,
+    train_data: Annotated[Path | None, typer.Option(help="A folder of images for --recalibrate-bn.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, where there are images.")] = 64,
+) -> None:
+    """Average the weights of models into one model.
+
+    Models are read tensor by tensor, so that a soup of many takes the memory of two.
+    """
+    if greedy and eval_data is None:
+        raise ValueError("--greedy chooses by the accuracy on held-out images: name their folder with --eval-data.")
+    if recalibrate_bn and train_data is None:
+        raise ValueError("--recalibrate-bn needs training images: name their folder with --train-data.")
+    if train_data is not None and not recalibrate_bn:
+        raise ValueError("--train-data is for --recalibrate-bn, which is missing.")
+    for option, folder in (("--eval-data", eval_data), ("--train-data", train_data)):
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"{option} must be a folder of images, and there is no folder {folder}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is there already and not empty; name another folder, or remove it first.")
+
+    quiet()
+    import torch  # noqa: F401 (before the messages below, since it is what takes time)
+
+    from ..soup import greedy_soup, uniform_soup
+    from ..soup.weights import find_weight_files
+
+    folders = [_find(model) for model in models]
+    for folder in folders:
+        find_weight_files(folder)
+    _check_descriptions(models, folders)
+    _check_tokenizers(models, folders)
+    if eval_data is not None:
+        _check_classifies_images(models[0], folders[0])
+    if len(models) == 1:
+        note(f"A soup of one: its weights are those of {models[0]}.")
+
+    staged = out.with_name(f"_incomplete-{out.name}")
+    trial = out.with_name(f"_trial-{out.name}")
+    record: dict[str, Any] = {"method": "greedy" if greedy else "uniform", "ingredients": _names(models)}
+    metrics = {}
+    try:
+        score = None
+        if eval_data is not None:
+            images = ImageFolder(eval_data, folders[0], batch_size)
+            training = (
+                ImageFolder(train_data, folders[0], batch_size, shuffled=True) if train_data is not None else None
+            )
+            score = _score_of(trial, folders[0], images, training)
+        if greedy:
+            weights, chosen = greedy_soup(folders, score)
+            record |= {"chosen": sorted(chosen.indices), "scores": list(chosen.member_scores)}
+            listing = ", ".join(
+                f"{name} {value:.2%}" for name, value in zip(models, chosen.member_scores, strict=True)
+            )
+            print(f"Held-out accuracy: {listing}.")
+            print(f"In the soup: {', '.join(models[i] for i in sorted(chosen.indices))}, with {chosen.score:.2%}.")
+        else:
+            weights = uniform_soup(folders)
+        has_batch_norm = any(name.endswith(_BATCH_NORM_STATISTICS) for name in weights)
+        _write(staged, folders[0], weights)
+        del weights
+        if recalibrate_bn and has_batch_norm:
+            _recalibrate(staged, ImageFolder(train_data, folders[0], batch_size, shuffled=True))
+            record["batch_norm"] = "recalibrate"
+        elif recalibrate_bn:
+            note("--recalibrate-bn has nothing to do: the models have no BatchNorm statistics.")
+        elif has_batch_norm and len(models) > 1:
+            record["batch_norm"] = "average"
+            note(
+                "The soup's BatchNorm statistics are the models' averages, which is often wrong: --recalibrate-bn "
+                "--train-data FOLDER measures them."
+            )
+        _check_loads(staged)
+        if eval_data is not None and not greedy:
+            metrics["eval_accuracy"] = _accuracy(staged, images)
+            metrics["eval_samples"] = len(images)
+            print(f"Accuracy of the soup on {eval_data}: {metrics['eval_accuracy']:.2%}.")
+        _describe(staged, record, metrics, out.name)
+        if out.is_dir():
+            out.rmdir()
+        os.rename(staged, out)
+    finally:
+        for leftover in (staged, trial):
+            shutil.rmtree(leftover, ignore_errors=True)
+    count = len(record.get("chosen", models))
+    print(f"The soup of {count} model{'s' if count > 1 else ''} is in {out}.")
+
+
+def _find(model: str) -> Path:
+    from ..hub.loading import find_folder
+
+    folder = find_folder(model)
+    if not Path(model).is_dir() and not any(folder.glob("*.safetensors")):
+        from huggingface_hub import list_repo_files
+
+        pickles = [name for name in list_repo_files(model) if name.endswith(_PICKLES) and "/" not in name]
+        if pickles:
+            raise ValueError(
+                f"{model} holds its weights as a pickle only ({', '.join(pickles)}), and loading a pickle can run any "
+                "code in it: find a revision with safetensors, or convert it first."
+            )
+    return folder
+
+
+def _names(models: list[str]) -> list[str]:
+    # A repository is known by its id, a folder of this machine by its name: the rest is nobody else's business.
+    return [Path(model).resolve().name if Path(model).is_dir() else model for model in models]
+
+
+def _check_descriptions(models: list[str], folders: list[Path]) -> None:
+    """Weights of the same shapes can mean different things: compare what the models say of themselves."""
+    from ..hub.loading import ADAPTER_CONFIG, read_json
+
+    def of(folder: Path) -> dict[str, Any]:
+        adapter, complete = folder / ADAPTER_CONFIG, folder / "config.json"
+        if adapter.is_file():
+            content = read_json(adapter)
+            names = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "fan_in_fan_out")
+            return {"kind": "adapter", **{name: content.get(name) for name in names}}
+        if not complete.is_file():
+            raise ValueError(f"{folder} holds no config.json, so there is no telling what kind of model it is.")
+        content = read_json(complete)
+        labels = content.get("id2label") or content.get("label_names")
+        if isinstance(labels, dict):
+            labels = [labels[key] for key in sorted(labels, key=int)]
+        kind = content.get("architecture") or content.get("architectures")
+        return {"kind": kind, "model_type": content.get("model_type", "timm"), "classes": labels}
+
+    first = of(folders[0])
+    for model, folder in zip(models[1:], folders[1:], strict=True):
+        other = of(folder)
+        for name, value in first.items():
+            if other.get(name) != value:
+                found, expected = shortened(other.get(name)), shortened(value)
+                raise ValueError(
+                    f"{model} cannot be averaged with {models[0]}: its {name.replace('_', ' ')} is {found}, not {expected}."
+                )
+
+
+def _check_tokenizers(models: list[str], folders: list[Path]) -> None:
+    """Equal rows of two embeddings have to stand for equal words."""
+    from ..hub.loading import TOKENIZER_FILES, read_json
+
+    def words(file: Path) -> Any:
+        if file.name != "tokenizer.json":
+            return file.read_bytes()
+        # Not all of it: how a tokenizer last padded is in it, too.
+        model = read_json(file).get("model") or {}
+        return model.get("vocab"), model.get("merges")
+
+    for name in ("tokenizer.json", "vocab.json", *(name for name in TOKENIZER_FILES if not name.endswith(".jinja"))):
+        if not (folders[0] / name).is_file():
+            continue
+        first = words(folders[0] / name)
+        for model, folder in zip(models[1:], folders[1:], strict=True):
+            if (folder / name).is_file() and words(folder / name) != first:
+                raise ValueError(
+                    f"{model} cannot be averaged with {models[0]}: its {name} numbers other words than that one's."
+                )
+
+
+def _check_classifies_images(model: str, folder: Path) -> None:
+    import transformers
+
+    from ..hub.kinds import image_classifier_names
+    from ..hub.loading import BACKBONE_CONFIG, read_json
+
+    file = next((folder / name for name in ("config.json", BACKBONE_CONFIG) if (folder / name).is_file()), None)
+    # timm's models are all of this kind; an adapter that does not know its backbone, or a class that transformers does
+    # not, is judged by what loads it.
+    content = {} if file is None else read_json(file)
+    names = [name for name in content.get("architectures") or [] if hasattr(transformers, name)]
+    if names and "pretrained_cfg" not in content and not image_classifier_names().intersection(names):
+        raise ValueError(
+            f"--eval-data measures the accuracy of image classifiers, and {model} is a {names[0]}: leave it and --greedy "
+            "out, or choose with `hf_wash.soup.greedy_soup` and a score of your own."
+        )
+
+
+def _write(folder: Path, like: Path, weights: dict[str, Any]) -> None:
+    """A model's folder: these weights, and what describes the model from another folder."""
+    from safetensors.torch import save_file
+
+    from ..hub.loading import ADAPTER_CONFIG, TOKENIZER_FILES
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for pattern in (*_DESCRIPTIONS, *TOKENIZER_FILES):
+        for file in like.glob(pattern):
+            target = folder / file.relative_to(like)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+    adapter = (like / ADAPTER_CONFIG).is_file()
+    name = "adapter_model.safetensors" if adapter else "model.safetensors"
+    save_file(weights, folder / name, metadata={"format": "pt"})
+
+
+def _check_loads(folder: Path) -> None:
+    """Load what was written the way a user will."""
+    import transformers
+
+    from ..hub.loading import ADAPTER_CONFIG, load_model, read_json
+
+    if (folder / ADAPTER_CONFIG).is_file():
+        load_model(folder)
+        return
+    config = read_json(folder / "config.json")
+    names = ["TimmWrapperForImageClassification"] if "pretrained_cfg" in config else config.get("architectures") or []
+    loader = getattr(transformers, names[0], None) if names else None
+    if loader is None:
+        load_model(folder)
+        return
+    _, info = loader.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            raise ValueError(
+                f"The soup does not load as a {names[0]}: {what.replace('_', ' ')}, {sorted(map(str, info[what]))[0]} first. "
+                "So do the models it was made of."
+            )
+
+
+def _describe(folder: Path, record: dict[str, Any], metrics: dict[str, float], name: str) -> None:
+    import json
+    from importlib.metadata import version
+
+    from .. import __version__
+    from ..hub.card import WashCard
+    from ..hub.record import write_record
+
+    if metrics:
+        (folder / "all_results.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    versions = {"hf_wash": __version__, **{package: version(package) for package in ("torch", "transformers", "timm")}}
+    write_record(folder, {"soup": record, "versions": versions, "card": {"model_name": name}})
+    WashCard.from_folder(folder).write(folder)
+
+
+def _accuracy(model_or_folder: Any, images: ImageFolder) -> float:
+    import torch
+
+    from ..hub.loading import load_model
+
+    model = load_model(model_or_folder) if isinstance(model_or_folder, Path) else model_or_folder
+    labels, correct = torch.tensor(images.labels_for(model)), 0
+    with torch.no_grad():
+        for batch in images:
+            answers = model(pixel_values=batch["pixel_values"]).logits.argmax(-1)
+            correct += int((answers == labels[torch.tensor(batch["classes"])]).sum())
+    return correct / len(images)
+
+
+def _score_of(trial: Path, like: Path, images: ImageFolder, training: ImageFolder | None) -> Callable[[dict], float]:
+    """A score for `greedy_soup`: through a folder, so that weights are named as the models' origin names them."""
+    from ..hub.loading import load_model
+    from ..soup import recalibrate_batch_norm
+
+    def score(weights: dict[str, Any]) -> float:
+        _write(trial, like, weights)
+        model = load_model(trial)
+        if training is not None:
+            recalibrate_batch_norm(model, _inputs(training), max_batches=_RECALIBRATION_BATCHES)
+        return _accuracy(model, images)
+
+    return score
+
+
+def _recalibrate(folder: Path, training: ImageFolder) -> None:
+    from ..hub import export_model, load_model
+    from ..soup import recalibrate_batch_norm
+
+    model = load_model(folder)
+    recalibrate_batch_norm(model, _inputs(training), max_batches=_RECALIBRATION_BATCHES)
+    export_model(model, folder)
+
+
+def _inputs(images: ImageFolder) -> Iterator[dict[str, Any]]:
+    return ({"pixel_values": batch["pixel_values"]} for batch in images)

@@ -228,7 +228,8 @@ def dpo_trainer() -> Scenario:
         DPOConfig,
         lambda: {
             "model": started(lambda: LlamaForCausalLM(llama_config())),
-            "ref_model": started(lambda: LlamaForCausalLM(llama_config())),
+            # As one that is loaded is: its dropout would draw in evaluation, too.
+            "ref_model": started(lambda: LlamaForCausalLM(llama_config())).eval(),
             "train_dataset": preferences(),
             "eval_dataset": preferences().select(range(10)),
             "processing_class": tokenizer(),

@@ -56,6 +56,17 @@ def test_the_saved_soup_is_loaded_by_its_library(run, tmp_path):
     torch.testing.assert_close(answer(run, loaded), answer(run, trainer.model), rtol=1e-5, atol=1e-6)
 
 
+def test_each_member_answers_and_is_saved_by_itself(run, tmp_path):
+    trainer = run.population(tmp_path, shuffle_probability=0.5)
+    trainer.train()
+    trainer.save_members()
+    for index, member in enumerate(trainer.population.members):
+        loaded = run.load(tmp_path / "_members" / f"member_{index}")
+        assert state_digest(loaded) == state_digest(member)
+        # A copy whose `forward` is still the first member's would not.
+        torch.testing.assert_close(answer(run, loaded), answer(run, member), rtol=1e-5, atol=1e-6)
+
+
 def test_a_run_resumed_in_the_middle_is_the_undisturbed_one(run, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": CHECKPOINT, "eval_strategy": "steps", "eval_steps": CHECKPOINT}
     whole = run.population(tmp_path / "whole", **settings)

@@ -5,6 +5,8 @@ Knows torch and NumPy; it does not know how members are trained, mixed or evalua
 """
 
 import copy
+import functools
+import types
 from collections.abc import Callable, Collection, ItemsView, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -230,14 +232,50 @@ class MemberWeights(Mapping[str, torch.Tensor]):
         return len(self._tensors)
 
 
-def copy_member(model: nn.Module) -> nn.Module:
+def copy_member(model: nn.Module, share: bool = True) -> nn.Module:
     """
     A member of its own that shares what is frozen: N heads or N adapters then cost one backbone.
 
-    Only parameters are shared; a frozen BatchNorm still has running statistics that its member updates.
+    Only parameters are shared; a frozen BatchNorm still has running statistics that its member updates. A forward that
+    somebody has put in the place of the class's, and that calls the original's, calls the copy's.
+
+    Args:
+        model (`nn.Module`): The model.
+        share (`bool`, *optional*, defaults to `True`): Whether frozen parameters are shared, or copied as well.
     """
-    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, frozen)
+    copies: dict[int, Any] = {id(p): p for p in model.parameters() if share and not p.requires_grad}
+    made = copy.deepcopy(model, copies)
+    for module in made.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, (types.MethodType, types.FunctionType)):
+                vars(module)[name] = _of_the_copy(value, copies)
+    return made
+
+
+def _of_the_copy(value: Any, copies: dict[int, Any]) -> Any:
+    """A function whose closure holds the copies in the place of the originals, which `deepcopy` leaves in it."""
+    if isinstance(value, types.MethodType):
+        own = copies.get(id(value.__self__), value.__self__)
+        return types.MethodType(_of_the_copy(value.__func__, copies), own)
+    if isinstance(value, nn.Module):
+        return copies.get(id(value), value)
+    if not isinstance(value, types.FunctionType) or not value.__closure__:
+        return value
+    cells, changed = [], False
+    for cell in value.__closure__:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not filled yet
+            cells.append(cell)
+            continue
+        own = content if content is value else _of_the_copy(content, copies)
+        changed = changed or (own is not content and own != content)
+        cells.append(types.CellType(own))
+    if not changed:
+        return value
+    made = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells))
+    made.__kwdefaults__ = value.__kwdefaults__
+    return functools.update_wrapper(made, value, updated=("__dict__",))
 
 
 def share_frozen(member: nn.Module, first: nn.Module) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.data_loader import DataLoaderShard, skip_first_batches
+from accelerate.data_loader import DataLoaderShard, SeedableRandomSampler, skip_first_batches
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 from transformers.trainer_utils import has_length
 
 from ..population import Population
@@ -69,19 +69,24 @@ class MemberLoader:
         """
         self._streams.restore(state["epoch_start"])
         self._epoch_start = state["epoch_start"]
-        workers = getattr(self.dataloader, "num_workers", 0) > 0
-        known = isinstance(self.dataloader, DataLoader) and not isinstance(self.dataloader.dataset, IterableDataset)
-        replay = workers or not known
+        replay = not self._can_skip()
         loader = self.dataloader if replay else skip_first_batches(self.dataloader, position)
         self._iterator = self._iterate(loader, epoch)
         if replay:
-            # Workers draw from streams that depend on all they have drawn before, so they draw it again.
+            # What depends on all that has been drawn before is drawn again.
             for _ in range(position):
                 next(self._iterator)
         self._forget()
         if state["before_upcoming"] is not None:
             self._streams.restore(state["before_upcoming"])
             self._draw()
+
+    def _can_skip(self) -> bool:
+        """Whether batches can be passed over: workers draw from streams of their own, some samplers from the member's."""
+        if not self._reads_ahead or isinstance(self.dataloader.dataset, IterableDataset):
+            return False
+        sampler = self.dataloader.get_sampler()
+        return self.dataloader.num_workers == 0 and isinstance(sampler, (SeedableRandomSampler, SequentialSampler))
 
     @staticmethod
     def _iterate(dataloader: Any, epoch: int) -> Iterator:

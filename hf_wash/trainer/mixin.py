@@ -880,7 +880,10 @@ class PopulationMixin(Publishing):
         if "inputs" in self.args.include_for_metrics:
             kept = inputs[getattr(self.model, "main_input_name", "input_ids")]
         labels = inputs.get(self.label_names[0]) if len(self.label_names) == 1 and hasattr(inputs, "get") else None
-        beside.add(results, find_batch_size(inputs) or 0, kept, labels)
+        # As often as the Trainer's loop counts the loss of a batch, whose last may be shorter.
+        count = self.args.eval_batch_size or find_batch_size(inputs) or 1
+        weight = len(self.gather_function(torch.zeros(count)))
+        beside.add(results, weight, kept, labels)
         return result
 
     def _advance_streams(self) -> None:

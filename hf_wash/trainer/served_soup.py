@@ -1,6 +1,5 @@
 """[`ServedSoup`]: the soup that the Trainer hands out in the place of its members: built, kept, and known by its state."""
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -92,10 +91,15 @@ class ServedSoup:
 
 
 def _copy(whole: nn.Module, share_frozen: bool) -> nn.Module:
-    made = copy_member(whole) if share_frozen else copy.deepcopy(whole)
+    made = copy_member(whole, share=share_frozen)
     for module in made.modules():
+        own = vars(module)
         # The copy brings along the autocast that was wrapped around the member's forward (accelerate 1.15), which may
-        # still call the member.
-        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
-            vars(module).pop(name, None)
+        # still call the member; not what a Trainer has put in the place of the class's forward.
+        original = own.pop("_original_forward", None)
+        own.pop("_is_accelerate_prepared", None)
+        if original is not None:
+            own.pop("forward", None)
+            if getattr(original, "__func__", original) is not type(module).forward:
+                module.forward = original
     return made

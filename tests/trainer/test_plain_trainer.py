@@ -136,6 +136,7 @@ def test_soft_labels_get_the_soft_cross_entropy_whatever_the_accumulation(tmp_pa
         batch = torch.utils.data.default_collate(features)
         return {"pixel_values": batch["pixel_values"], "labels": nn.functional.one_hot(batch["labels"], 10).float()}
 
+    soft.soft_labels = True
     settings = {"gradient_accumulation_steps": 2, "eval_strategy": "no", "max_steps": 6, "logging_steps": 1}
     hard = population(tmp_path / "hard", size=1, **settings)
     hard.train()

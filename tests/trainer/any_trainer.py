@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import save_file
 from small_population import TEST, TRAIN, started
 from small_text import KINDS, SENTENCES, special_ids, token_ids, tokenizer
 from torch import nn
@@ -281,7 +282,11 @@ def _sentence_encoder():
     )
     # Its Transformer module is made from a folder only.
     with tempfile.TemporaryDirectory() as folder:
-        started(lambda: BertModel(config)).save_pretrained(folder)
+        # By hand: of several processes transformers has the first one write, and each has a folder of its own here.
+        config.to_json_file(Path(folder) / "config.json")
+        save_file(
+            started(lambda: BertModel(config)).state_dict(), Path(folder) / "model.safetensors", {"format": "pt"}
+        )
         tokenizer(pair=True).save_pretrained(folder)
         return SentenceTransformer(modules=[Transformer(folder), Pooling(config.hidden_size)])
 

@@ -422,10 +422,16 @@ def losses(trainer: Trainer, key: str = "loss") -> list[float]:
     return [line.get(key, line["loss"]) for line in lines]
 
 
+OURS = ("loss", "grad_norm", "learning_rate", "values_moved", "bytes_exchanged", "consensus_distance", "line")
+
+
 def population_outcome(trainer: Trainer) -> dict[str, Any]:
-    """*Collective.* What must be the same on every layout."""
-    clock = ("runtime", "per_second", "total_flos", "train_loss")
-    lines = [{k: v for k, v in line.items() if not k.endswith(clock)} for line in trainer.state.log_history]
+    """*Collective.* What must be the same on every layout; not what a Trainer measures and keeps by itself, as TRL does."""
+    lines = [
+        {name: value for name, value in line.items() if name.removeprefix("eval_").endswith(OURS) or "loss" in name}
+        for line in trainer.state.log_history
+        if "train_loss" not in line
+    ]
     return {
         "members": trainer.population.gather([state_digest(member) for member in trainer.population.members]),
         "soup": state_digest(trainer.model),

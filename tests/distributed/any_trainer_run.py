@@ -1,13 +1,11 @@
 """
 Each scenario of `any_trainer.py` as a population of two, one after the other, in the processes this was launched in.
 
-As a script: `any_trainer_run.py FOLDER NAME [NAME ...]`; process 0 writes `FOLDER/NAME-on-<processes>.json`. A scenario
-that raises on every process leaves its traceback there, and the next one is run.
+As a script: `any_trainer_run.py FOLDER NAME [NAME ...]`; process 0 writes `FOLDER/NAME-on-<processes>.json`.
 """
 
 import os
 import sys
-import traceback
 from pathlib import Path
 
 
@@ -31,9 +29,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, processes = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", "1"))
     for name in sys.argv[2:]:
-        try:
-            outcome = run(folder / f"{name}-on-{processes}", name)
-        except Exception:  # so that one launch tells of all scenarios
-            outcome = {"failed": traceback.format_exc()}
+        outcome = run(folder / f"{name}-on-{processes}", name)
         if int(os.environ.get("RANK", "0")) == 0:
             write_json(folder / f"{name}-on-{processes}.json", outcome)

@@ -23,10 +23,6 @@ def test_two_processes_give_what_one_gives(launch, tmp_path):
         name: [json.loads((tmp_path / f"{name}-on-{processes}.json").read_text()) for processes in (1, 2)]
         for name in SCENARIOS
     }
-    failed = {name: each for name, each in outcomes.items() if any("failed" in outcome for outcome in each)}
-    for each in failed.values():
-        print(*(outcome.get("failed") for outcome in each), sep="\n")
-    assert not failed.keys()
     for name, (alone, spread) in outcomes.items():
         assert alone["members"][0] == alone["first local member"], name
         assert len({*alone["members"], alone["soup"]}) == 3, name

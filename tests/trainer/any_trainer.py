@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import save_file
 from small_population import TEST, TRAIN, started
 from small_text import KINDS, SENTENCES, special_ids, token_ids, tokenizer
 from torch import nn
@@ -228,7 +229,7 @@ def dpo_trainer() -> Scenario:
         DPOConfig,
         lambda: {
             "model": started(lambda: LlamaForCausalLM(llama_config())),
-            # In evaluation mode: its dropout would draw from the streams of whoever asks it.
+            # As one that is loaded is: its dropout would draw in evaluation, too.
             "ref_model": started(lambda: LlamaForCausalLM(llama_config())).eval(),
             "train_dataset": preferences(),
             "eval_dataset": preferences().select(range(10)),
@@ -281,7 +282,11 @@ def _sentence_encoder():
     )
     # Its Transformer module is made from a folder only.
     with tempfile.TemporaryDirectory() as folder:
-        started(lambda: BertModel(config)).save_pretrained(folder)
+        # By hand: of several processes transformers has the first one write, and each has a folder of its own here.
+        config.to_json_file(Path(folder) / "config.json")
+        save_file(
+            started(lambda: BertModel(config)).state_dict(), Path(folder) / "model.safetensors", {"format": "pt"}
+        )
         tokenizer(pair=True).save_pretrained(folder)
         return SentenceTransformer(modules=[Transformer(folder), Pooling(config.hidden_size)])
 
@@ -417,10 +422,16 @@ def losses(trainer: Trainer, key: str = "loss") -> list[float]:
     return [line.get(key, line["loss"]) for line in lines]
 
 
+OURS = ("loss", "grad_norm", "learning_rate", "values_moved", "bytes_exchanged", "consensus_distance", "line")
+
+
 def population_outcome(trainer: Trainer) -> dict[str, Any]:
-    """*Collective.* What must be the same on every layout."""
-    clock = ("runtime", "per_second", "total_flos", "train_loss")
-    lines = [{k: v for k, v in line.items() if not k.endswith(clock)} for line in trainer.state.log_history]
+    """*Collective.* What must be the same on every layout; not what a Trainer measures and keeps by itself, as TRL does."""
+    lines = [
+        {name: value for name, value in line.items() if name.removeprefix("eval_").endswith(OURS) or "loss" in name}
+        for line in trainer.state.log_history
+        if "train_loss" not in line
+    ]
     return {
         "members": trainer.population.gather([state_digest(member) for member in trainer.population.members]),
         "soup": state_digest(trainer.model),

@@ -297,7 +297,10 @@ def test_compiled_members_train_as_they_would_uncompiled(tmp_path):
         torch_compile_backend="eager",
     )
     compiled.train()
-    assert all("_orig_mod" in type(m).__name__ or hasattr(m, "_orig_mod") for m in (member.prepared for member in compiled.members))
+    assert all(
+        "_orig_mod" in type(m).__name__ or hasattr(m, "_orig_mod")
+        for m in (member.prepared for member in compiled.members)
+    )
     for a, b in zip(compiled.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     compiled.save_model(str(tmp_path))

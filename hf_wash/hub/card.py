@@ -1,9 +1,8 @@
 """
 The model card: what a stranger, and the Hub, should know about a model that came out of a population.
 
-[`WashCard`] knows everything that is said, filled from a run's folder alone; `card_template.md.jinja` says it. A card
-that is already there keeps its own text and metadata: only the part between two marks is replaced, and metadata that
-is missing is added. Needs neither torch nor transformers.
+[`WashCard`] is what is known, filled from a run's folder alone; `card_template.md.jinja` says it. A card that is
+already there keeps its own text and metadata, see `card_merge.py`. Needs neither torch nor transformers.
 """
 
 import logging
@@ -14,10 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
 from .. import __version__
 from . import wording
 from .card_merge import CARD, has_title, merge_card, own_text
 from .record import (
+    LOCAL_MEMBERS,
+    PUSHED_MEMBERS,
     REPO_ID,
     RUN_RECORD,
     as_list,
@@ -28,20 +31,17 @@ from .record import (
     read_json,
     read_record,
 )
+from .tasks import Task, task_of
 
 
 logger = logging.getLogger(__name__)
 
 PAPA_INTERVAL = 10
 
-_METHODS = {"wash": "WASH"}
 # Metrics that the Hub knows by these names and shows as such.
 _HUB_METRICS = ("accuracy", "f1", "precision", "recall", "roc_auc")
-_NO_METRIC = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time", "consensus_distance")
+_SPEED = ("runtime", "samples", "samples_per_second", "steps_per_second", "jit_compilation_time")
 _MAX_COLUMNS = 6
-
-
-# ---- What is known ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -53,11 +53,9 @@ class WashCard:
         model_name (`str`):
             The heading.
         library (`str`):
-            `"transformers"`, `"timm"` or `"peft"`: what the folder is loaded with, and the card's `library_name`.
-        repo_id (`str`, *optional*):
-            The repository, for the code in the card. Without one the code loads the folder it is in.
-        revision (`str`, *optional*):
-            The branch, where it is not the main one.
+            `"transformers"`, `"timm"`, `"peft"` or `"sentence-transformers"`: what the folder is loaded with.
+        repo_id, revision (`str`, *optional*):
+            The repository and the branch, for the code in the card. Without them the code loads the folder it is in.
         config (`dict`, *optional*):
             The model's `config.json` (of an adapter, its `backbone_config.json`).
         record (`dict`, *optional*):
@@ -66,16 +64,14 @@ class WashCard:
             With the keys of `WashTrainer.evaluate`.
         pictures (`dict[str, str]`, *optional*):
             Captions and paths.
-        has_members (`bool`, *optional*, defaults to `False`):
-            Whether the members lie beside the soup, so that the ensemble can be loaded.
-        has_processor (`bool`, *optional*, defaults to `False`):
-            Whether the folder says how images are prepared.
+        has_members, has_processor, has_tokenizer (`bool`, *optional*, defaults to `False`):
+            Whether the members lie beside the soup, so that the ensemble can be loaded; whether the folder says how
+            images, and how texts are prepared.
         values (`int`, *optional*):
             Number of values in the weight files.
         adapter_base (`str`, *optional*):
             The backbone that an adapter names.
-        license, language, base_model (`str`, *optional*), tags, dataset_ids, dataset_names (`list[str]`, *optional*), \
-        pipeline_tag (`str`, *optional*):
+        license, language, base_model, tags, dataset_ids, dataset_names, pipeline_tag (*optional*):
             Metadata.
 
     Example:
@@ -97,6 +93,7 @@ class WashCard:
     pictures: dict[str, str] = field(default_factory=dict)
     has_members: bool = False
     has_processor: bool = False
+    has_tokenizer: bool = False
     values: int | None = None
     adapter_base: str | None = None
     license: str | None = None
@@ -149,28 +146,28 @@ class WashCard:
         config = read_json(folder / "config.json") or read_json(folder / "backbone_config.json") or config or {}
         if not config and not adapter:
             raise ValueError(f"{folder} holds no model: expected config.json or adapter_config.json in it.")
+        library = "timm" if "pretrained_cfg" in config else "transformers"
         if adapter:
             library = "peft"
-        else:
-            library = "timm" if "pretrained_cfg" in config else "transformers"
+        elif (folder / "modules.json").is_file():
+            library = "sentence-transformers"
         record = read_record(folder) if record is None else record
-        state = read_json(folder / "trainer_state.json")
         if log_history is None:
-            log_history = state.get("log_history", [])
+            log_history = read_json(folder / "trainer_state.json").get("log_history", [])
         if metrics is None:
             metrics = read_json(folder / "all_results.json") or read_json(folder / "eval_results.json")
             if not any(key.startswith("eval_") for key in metrics):
                 metrics = last_evaluation(log_history)
-        options = record.get("card", {})
-        name = options.get("model_name") or (repo_id.split("/")[-1] if repo_id else folder.resolve().name)
-        local_members = any((folder / place / "member_0").is_dir() for place in ("_members", "members"))
+        if members is None:
+            members = any((folder / place / "member_0").is_dir() for place in (LOCAL_MEMBERS, PUSHED_MEMBERS))
         drawn = {}
         if pictures:
             from .pictures import draw_pictures
 
             drawn = draw_pictures(folder, log_history, metrics)
+        options = record.get("card", {})
         return cls(
-            model_name=name,
+            model_name=options.get("model_name") or (repo_id.split("/")[-1] if repo_id else folder.resolve().name),
             library=library,
             repo_id=repo_id,
             revision=None if revision == "main" else revision,
@@ -178,8 +175,9 @@ class WashCard:
             record=record,
             metrics={key: value for key, value in metrics.items() if is_number(value)},
             pictures=drawn,
-            has_members=local_members if members is None else members,
+            has_members=members,
             has_processor=library == "timm" or (folder / "preprocessor_config.json").is_file(),
+            has_tokenizer=(folder / "tokenizer_config.json").is_file(),
             values=count_values(folder),
             adapter_base=adapter.get("base_model_name_or_path"),
             license=options.get("license"),
@@ -195,57 +193,65 @@ class WashCard:
 
     def metadata(self) -> dict[str, Any]:
         """The card's front matter, as the Hub reads it."""
-        tags = list(dict.fromkeys([*self.tags, *(["wash"] if self.method == "wash" else []), "model-soup"]))
-        if self.library == "timm":
-            tags = list(dict.fromkeys([*tags, "timm", "transformers"]))
+        return self._card_data().to_dict()
+
+    def _card_data(self) -> ModelCardData:
+        base, relation = hub_ids(self.base_model), "adapter" if self.library == "peft" else "finetune"
         ingredients = [name for name in self.soup.get("ingredients", []) if REPO_ID.fullmatch(name)]
-        base = hub_ids(self.base_model)
-        relation = "adapter" if self.library == "peft" else "finetune"
         if ingredients:
             base, relation = ingredients, "merge"
         elif not base and self.library == "peft":
             base = hub_ids(self.adapter_base)
-        data = {
+        tags = [*self.tags, *(["wash"] if self.method == "wash" else []), "model-soup"]
+        results = self._eval_results()
+        known = {
             "language": self.language,
             "license": self.license,
             "library_name": self.library,
-            "pipeline_tag": self._pipeline_tag,
-            "tags": tags,
+            "pipeline_tag": self.pipeline_tag or self.task.tag,
+            "tags": [*tags, "timm", "transformers"] if self.library == "timm" else tags,
             "base_model": base[0] if len(base) == 1 else base,
             "base_model_relation": relation if base else None,
             "datasets": self._dataset_ids,
             "metrics": [name for name in self._metric_names if name in _HUB_METRICS],
-            "model-index": self._model_index(),
+            "eval_results": results,
+            "model_name": self.model_name if results else None,
         }
-        return {key: value for key, value in data.items() if value not in (None, [], "")}
+        return ModelCardData(**{name: value for name, value in known.items() if value not in (None, [], "")})
 
-    @property
-    def _pipeline_tag(self) -> str | None:
-        if self.pipeline_tag is not None:
-            return self.pipeline_tag
-        return "image-classification" if self.is_image_classifier else None
+    def _eval_results(self) -> list[EvalResult]:
+        task = self.pipeline_tag or self.task.tag or "other"
+        dataset = ", ".join(self.dataset_names or self._dataset_ids) or "unknown"
+        slug = re.sub(r"[^\w.-]+", "-", dataset.lower()).strip("-") or "unknown"
+        return [
+            EvalResult(
+                task_type=task,
+                task_name=wording.title(task.replace("-", "_")),
+                dataset_type=next(iter(self._dataset_ids), slug),
+                dataset_name=dataset,
+                metric_type=name,
+                metric_name=wording.title(name),
+                metric_value=self.metrics[f"eval_{name}"],
+            )
+            for name in self._metric_names
+        ]
 
     @property
     def _dataset_ids(self) -> list[str]:
-        named = [name for name in self.dataset_names if REPO_ID.fullmatch(name)]
-        return list(dict.fromkeys([*self.dataset_ids, *named]))
-
-    def _model_index(self) -> list[dict[str, Any]]:
-        names = self._metric_names
-        if not names:
-            return []
-        shown = self.dataset_names or self._dataset_ids
-        dataset = {"name": ", ".join(shown) or "unknown", "type": next(iter(self._dataset_ids), None)}
-        if dataset["type"] is None:
-            dataset["type"] = re.sub(r"[^\w.-]+", "-", dataset["name"].lower()).strip("-") or "unknown"
-        metrics = [
-            {"type": name, "name": wording.title(name), "value": self.metrics[f"eval_{name}"]} for name in names
-        ]
-        task = self._pipeline_tag or "other"
-        result = {"task": {"type": task, "name": wording.title(task.replace("-", "_"))}, "dataset": dataset}
-        return [{"name": self.model_name, "results": [{**result, "metrics": metrics}]}]
+        return list(dict.fromkeys([*self.dataset_ids, *filter(REPO_ID.fullmatch, self.dataset_names)]))
 
     # ---- What the template asks for ----------------------------------------------------------------------------------
+
+    @property
+    def task(self) -> Task:
+        """What the model does, as its class tells."""
+        if self.library == "sentence-transformers":
+            return Task("sentence-similarity", None, "a sentence embedding model")
+        return task_of("ForImageClassification" if "pretrained_cfg" in self.config else self._class, self.config)
+
+    @property
+    def _class(self) -> str:
+        return next(iter(self.config.get("architectures") or []), self.record.get("model", {}).get("class")) or ""
 
     @property
     def method(self) -> str | None:
@@ -254,7 +260,7 @@ class WashCard:
 
     @property
     def method_name(self) -> str:
-        return _METHODS.get(self.method or "", "this run")
+        return "WASH" if self.method == "wash" else "this run"
 
     @property
     def soup(self) -> dict[str, Any]:
@@ -263,59 +269,40 @@ class WashCard:
     @property
     def size(self) -> int | None:
         """Number of members, if known."""
-        size = self.record.get("population", {}).get("size")
-        if size is None:
-            size = sum(re.fullmatch(r"eval_member_\d+_loss", key) is not None for key in self.metrics) or None
-        return size
-
-    @property
-    def is_population(self) -> bool:
-        return self.size is not None
-
-    @property
-    def is_image_classifier(self) -> bool:
-        names = self.config.get("architectures") or [self.record.get("model", {}).get("class") or ""]
-        return "pretrained_cfg" in self.config or any(name.endswith("ForImageClassification") for name in names)
-
-    @property
-    def has_record(self) -> bool:
-        return bool(self.record)
+        evaluated = sum(re.fullmatch(r"eval_member_\d+_loss", key) is not None for key in self.metrics)
+        return self.record.get("population", {}).get("size") or evaluated or None
 
     @property
     def version(self) -> str:
         return self.record.get("versions", {}).get("hf_wash") or __version__
 
     @property
-    def steps(self) -> int:
-        return self.record.get("training", {}).get("steps") or 0
-
-    @property
-    def trainable_parameters(self) -> int:
-        return self.record.get("model", {}).get("trainable_parameters") or 0
-
-    @property
-    def bytes_per_value_text(self) -> str:
-        size = self.record.get("model", {}).get("trainable_bytes", 0) / max(self.trainable_parameters, 1)
-        return f"{size:g}"
-
-    @property
     def data_names(self) -> str:
         return ", ".join(wording.cell(name) for name in self.dataset_names or self._dataset_ids)
 
     @property
-    def eval_samples_text(self) -> str:
-        samples = self.metrics.get("eval_samples") or self.record.get("data", {}).get("eval_samples")
-        return f"{int(samples):,}" if samples else ""
+    def eval_samples(self) -> float | None:
+        return self.metrics.get("eval_samples") or self.record.get("data", {}).get("eval_samples")
+
+    @property
+    def points_lost(self) -> float:
+        """By how many points of accuracy averaging has gone wrong; 0 where it has not, or it is not known."""
+        soup, members = self.metrics.get("eval_accuracy"), self.metrics.get("eval_members_accuracy_mean")
+        return 0 if soup is None or members is None or soup > members - 0.02 else 100 * (members - soup)
+
+    @property
+    def needs_local_backbone(self) -> bool:
+        base = self.adapter_base if self.library == "peft" else None
+        return bool(base and not hub_ids(base) and not Path(base).is_absolute())
 
     @property
     def _metric_names(self) -> list[str]:
         """The metrics of the soup, without the prefix; accuracy first and the loss last."""
-        names = []
-        for key in self.metrics:
-            name = key.removeprefix("eval_")
-            if key == name or name in (*_NO_METRIC, "samples") or re.match(r"(ensemble|members?(_\d+)?)_", name):
-                continue
-            names.append(name)
+        names = [key.removeprefix("eval_") for key in self.metrics if key.startswith("eval_")]
+        not_of_the_soup = re.compile(r"(ensemble|members?(_\d+)?)_")
+        names = [
+            name for name in names if name not in (*_SPEED, "consensus_distance") and not not_of_the_soup.match(name)
+        ]
         names.sort(key=lambda name: (name != "accuracy", name == "loss"))
         if len(names) > _MAX_COLUMNS and "loss" in names:
             names = [*names[: _MAX_COLUMNS - 1], "loss"]
@@ -323,110 +310,40 @@ class WashCard:
 
     @property
     def what_it_is(self) -> str:
-        kind = "an image classifier" if self.is_image_classifier else "a model"
-        if self.library == "peft":
-            kind = f"an adapter for {kind}"
+        kind = f"an adapter for {self.task.kind}" if self.library == "peft" else self.task.kind
         details = []
-        architecture = self.config.get("architecture") or next(iter(self.config.get("architectures") or []), None)
-        architecture = architecture or self.record.get("model", {}).get("class")
+        architecture = self.config.get("architecture") or self._class
         if architecture:
             details.append(f"`{architecture}`")
         parameters = self.record.get("model", {}).get("parameters") or self.values
         if parameters:
-            details.append(f"{wording.short_count(parameters)} parameters")
-        classes = len(self.config.get("id2label") or self.config.get("label_names") or [])
-        if self.is_image_classifier and classes:
-            details.append(f"{classes} classes")
+            details.append(f"{wording.short(parameters)} parameters")
+        classes = self.config.get("id2label") or self.config.get("label_names")
+        if classes and (self.task.tag or "").endswith("-classification"):
+            details.append(f"{len(classes)} classes")
         text = f"{kind} ({', '.join(details)})" if details else kind
-        base = hub_ids(self.base_model)
-        if base and not self.soup.get("ingredients"):
-            text += f", fine-tuned from {wording.links(base)}"
-        elif self.base_model and not self.soup.get("ingredients"):
-            text += f", fine-tuned from {wording.cell(Path(as_list(self.base_model)[0]).name)}"
+        origin = "" if self.soup.get("ingredients") else ", ".join(map(wording.link, hub_ids(self.base_model)))
+        if not origin and self.base_model and not self.soup.get("ingredients"):
+            origin = wording.cell(Path(as_list(self.base_model)[0]).name)
+        if origin:
+            text += f", fine-tuned from {origin}"
         if self.data_names:
-            text += (
-                f" and trained on {self.data_names}" if base or self.base_model else f", trained on {self.data_names}"
-            )
+            text += f"{' and' if self.base_model else ','} trained on {self.data_names}"
         return text + "."
-
-    @property
-    def how_it_came_about(self) -> str:
-        ingredients = self.soup.get("ingredients")
-        if ingredients:
-            chosen = self.soup.get("chosen")
-            if len(ingredients) == 1:
-                return "It is a model soup of one: its weights are those of the model below."
-            if chosen is not None and len(chosen) < len(ingredients):
-                return (
-                    f"It is a *model soup*: the average of the weights of {len(chosen)} of the {len(ingredients)} models "
-                    "below, those that raised the score on held-out data. It costs as much to run as one of them."
-                )
-            return (
-                f"It is a *model soup*: the average of the weights of the {len(ingredients)} models below. It costs as "
-                "much to run as one of them."
-            )
-        if self.size is None:
-            return "Nothing more is known about how it was trained: the folder holds no record of a run."
-        if self.size == 1:
-            return "It was trained as a population of one, which is ordinary training."
-        if self.soup.get("method") == "greedy":
-            chosen = self.soup.get("chosen")
-            some = f"{len(chosen)} of {self.size}" if chosen else f"some of {self.size}"
-            average = f"the average of the weights of {some} models, chosen on held-out training data, "
-        else:
-            average = f"the average of the weights of {self.size} models "
-        text = f"It is a *model soup*: {average}that were trained at the same time, each on its own batches. "
-        if self.method == "wash":
-            text += (
-                "While training, they kept swapping a small, randomly chosen part of their weights with one another "
-                "(a method called WASH). A weight stays in its place and only changes its owner, which is meant to keep "
-                "the models close enough to each other to be averaged, and different enough for that to be worth it. "
-            )
-        elif self.method == "independent":
-            text += "They exchanged nothing while training. "
-        return text + "It costs as much to run as one of them."
-
-    @property
-    def caution(self) -> str | None:
-        """What is to be said where averaging has gone wrong."""
-        soup, members = self.metrics.get("eval_accuracy"), self.metrics.get("eval_members_accuracy_mean")
-        if soup is None or members is None or soup > members - 0.02:
-            return None
-        mixed = "exchanged nothing while training" if self.method == "independent" else "did not stay close enough"
-        return (
-            f"**The soup is {100 * (members - soup):.1f} points behind the mean of its members**, which {mixed}: their "
-            "weights cannot be averaged without a loss. A member, or the ensemble, is the better model."
-        )
-
-    @property
-    def where_it_runs(self) -> str:
-        base = self.adapter_base
-        if self.library == "peft" and base and not hub_ids(base) and not Path(base).is_absolute():
-            return (
-                f"These lines run where the backbone is found as `{base}`, with the path of this card's folder in place "
-                "of `.`."
-            )
-        return "These lines run in the folder of this card."
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """The table of results: its columns, and a row for each member, their mean, the ensemble and the soup."""
         names = self._metric_names
-        if not names:
-            return [], []
-        prefixes = []
-        while any(f"eval_member_{len(prefixes)}_{name}" in self.metrics for name in names):
-            prefixes.append((f"member {len(prefixes)}", f"eval_member_{len(prefixes)}_{{}}"))
-        prefixes += [
-            ("members' mean", "eval_members_{}_mean"),
-            ("ensemble", "eval_ensemble_{}"),
-            ("**soup**" if prefixes else "soup", "eval_{}"),
+        keys: dict[str, str] = {}
+        while any(f"eval_member_{len(keys)}_{name}" in self.metrics for name in names):
+            keys[f"member {len(keys)}"] = f"eval_member_{len(keys)}_{{}}"
+        soup = "**soup**" if keys else "soup"
+        keys |= {"members' mean": "eval_members_{}_mean", "ensemble": "eval_ensemble_{}", soup: "eval_{}"}
+        table = [
+            [title, *(wording.number(name, self.metrics.get(key.format(name))) for name in names)]
+            for title, key in keys.items()
         ]
-        table = []
-        for title, key in prefixes:
-            cells = [wording.number(name, self.metrics.get(key.format(name))) for name in names]
-            if any(cells):
-                table.append([title, *cells])
-        return [wording.title(name) for name in names], table
+        return [wording.title(name) for name in names], [row for row in table if any(row[1:])]
 
     def recipe(self) -> list[tuple[str, str]]:
         """How the run was made: names and values."""
@@ -437,30 +354,31 @@ class WashCard:
         rows: list[tuple[str, Any]] = [("population", f"{size} member{'s' if size > 1 else ''}")]
         if size > 1:
             start = "the same weights" if population.get("same_init", True) else "different weights"
-            rows.append(("members start from", start))
-            if mixing.get("method") == "wash":
+            rows += [("members start from", start), ("mixing", mixing.get("method"))]
+            if self.method == "wash":
+                rows[-1] = (
+                    "mixing",
+                    f"WASH{' with optimizer state' if mixing.get('shuffle_optimizer_state') else ''}",
+                )
                 rows += [
-                    ("mixing", f"WASH{' with optimizer state' if mixing.get('shuffle_optimizer_state') else ''}"),
-                    ("probability p", f"{mixing.get('shuffle_probability'):g}"),
+                    ("probability p", wording.plain(mixing.get("shuffle_probability")) or "not recorded"),
                     ("schedule over depth", mixing.get("shuffle_schedule")),
                     ("shuffled", wording.when_shuffled(mixing)),
                 ]
-            else:
-                rows.append(("mixing", mixing.get("method")))
         if seed is not None:
             seeds = f"{seed} to {seed + size - 1}, one for each member" if size > 1 else f"{seed}"
-            if training.get("data_seed") is not None:
-                seeds += f"; data from {training['data_seed']}"
-            rows.append(("seeds", seeds))
+            data_seed = training.get("data_seed")
+            rows.append(("seeds", seeds if data_seed is None else f"{seeds}; data from {data_seed}"))
         samples = self.record.get("data", {}).get("train_samples")
-        seen = "each member a part of its own" if population.get("member_data") == "shard" else ""
-        data = [self.data_names, f"{samples:,} training samples" if samples else "", seen if size > 1 else ""]
-        rows.append(("data", ", ".join(text for text in data if text)))
-        rows += [
-            (f"member {index} differs", wording.differences(override))
-            for index, override in enumerate(population.get("overrides", []))
-            if wording.differences(override)
+        shard = size > 1 and population.get("member_data") == "shard"
+        data = [
+            self.data_names,
+            f"{samples:,} training samples" if samples else "",
+            "each member a part of its own" if shard else "",
         ]
+        rows.append(("data", ", ".join(filter(None, data))))
+        for index, override in enumerate(population.get("overrides", [])):
+            rows.append((f"member {index} differs", wording.differences(override)))
         steps, epochs = training.get("steps"), training.get("epochs")
         if steps:
             rows.append(("length", f"{steps:,} optimizer steps" + (f", {epochs:g} epochs" if epochs else "")))
@@ -484,131 +402,15 @@ class WashCard:
     def exchange(self) -> list[list[str]]:
         """Bytes sent in the whole run: by this one, and by DDP and PAPA had they trained the same."""
         exchanged = self.record.get("exchange", {}).get("bytes_exchanged")
-        size, parameters = self.size or 1, self.record.get("model", {}).get("trainable_bytes")
-        if exchanged is None or not parameters or not self.steps or size == 1:
+        model = self.record.get("model", {}).get("trainable_bytes")
+        steps, size = self.record.get("training", {}).get("steps"), self.size or 1
+        if exchanged is None or not model or not steps or size == 1:
             return []
-        ddp = size * self.steps * parameters
-        papa = size * (self.steps // PAPA_INTERVAL) * parameters
         rows = [[self.method_name, wording.bytes_text(exchanged), "1"]]
-        for name, amount in (("PAPA", papa), ("DDP", ddp)):
+        for name, times in (("PAPA", steps // PAPA_INTERVAL), ("DDP", steps)):
+            amount = size * times * model
             rows.append([name, wording.bytes_text(amount), f"{amount / exchanged:,.3g} ×" if exchanged else "–"])
         return rows
-
-    def ingredients(self) -> tuple[list[list[str]], bool, bool]:
-        """The models of a soup made by `hf-wash soup`; whether there are scores, and whether there was a choice."""
-        names = self.soup.get("ingredients", [])
-        scores, chosen = self.soup.get("scores"), self.soup.get("chosen")
-        table = []
-        for index, name in enumerate(names):
-            row = [str(index), wording.links([name]) if REPO_ID.fullmatch(name) else wording.cell(name)]
-            if scores:
-                row.append(wording.number("accuracy", scores[index]))
-            if chosen is not None:
-                row.append("yes" if index in chosen else "no")
-            table.append(row)
-        return table, bool(scores), chosen is not None
-
-    def snippets(self) -> list[tuple[str, str]]:
-        """Captions and code that loads the model, and runs as it stands."""
-        place = self.repo_id or "."
-        revision = f', revision="{self.revision}"' if self.revision and self.repo_id else ""
-        image = 'image = Image.new("RGB", (224, 224), "white")  # or Image.open("your_image.jpg").convert("RGB")'
-        found: list[tuple[str, str]] = []
-        if self.library == "peft":
-            found.append(
-                (
-                    "With PEFT, on the backbone that the adapter names:",
-                    f'from hf_wash.hub import load_model\n\nmodel = load_model("{place}"{revision})\nprint(model.config)',
-                )
-            )
-            if self.adapter_base and self.is_image_classifier:
-                classes = len(self.config.get("id2label") or []) or 2
-                found.append(
-                    (
-                        "Step by step, on a backbone of your own loading:",
-                        "from peft import PeftModel\nfrom transformers import AutoModelForImageClassification\n\n"
-                        "backbone = AutoModelForImageClassification.from_pretrained(\n"
-                        f'    "{self.adapter_base}", num_labels={classes}, ignore_mismatched_sizes=True\n)\n'
-                        f'model = PeftModel.from_pretrained(backbone, "{place}"{revision})',
-                    )
-                )
-            return found
-        if self.is_image_classifier and self.has_processor and self.config.get("num_channels", 3) == 3:
-            found.append(
-                (
-                    "With transformers:",
-                    "from PIL import Image\nfrom transformers import pipeline\n\n"
-                    f'classify = pipeline("image-classification", model="{place}"{revision})\n'
-                    f"{image}\nprint(classify(image))",
-                )
-            )
-            if self.library == "timm":
-                where = f"hf_hub:{place}" if self.repo_id else f"local-dir:{place}"
-                where += f"@{self.revision}" if revision else ""
-                found.append(
-                    (
-                        "With timm:",
-                        "import timm\nimport torch\nfrom PIL import Image\n\n"
-                        f'model = timm.create_model("{where}", pretrained=True).eval()\n'
-                        "prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
-                        f"{image}\nwith torch.no_grad():\n"
-                        "    probabilities = model(prepare(image).unsqueeze(0)).softmax(-1)[0]\n"
-                        'print(dict(zip(model.pretrained_cfg["label_names"], probabilities.tolist())))'
-                        if self.config.get("label_names")
-                        else "import timm\nimport torch\nfrom PIL import Image\n\n"
-                        f'model = timm.create_model("{where}", pretrained=True).eval()\n'
-                        "prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
-                        f"{image}\nwith torch.no_grad():\n"
-                        "    print(model(prepare(image).unsqueeze(0)).softmax(-1)[0])",
-                    )
-                )
-            else:
-                found.append(("The probabilities of all classes:", self._by_hand("AutoModelForImageClassification")))
-            if self.has_members:
-                loaded = f'model = Ensemble.from_pretrained("{place}"{revision})'
-                found.append(
-                    (
-                        "The ensemble of the members, a forward pass of each of them:",
-                        "import torch\nfrom PIL import Image\nfrom transformers import AutoImageProcessor\n\n"
-                        f'from hf_wash import Ensemble\n\nprocessor = AutoImageProcessor.from_pretrained("{place}"{revision})\n'
-                        f"{loaded}\n{image}\nwith torch.no_grad():\n"
-                        '    logits = model(**processor(image, return_tensors="pt")).logits\nprint(logits.softmax(-1)[0])',
-                    )
-                )
-            return found
-        if self.is_image_classifier:
-            size = self.config.get("image_size") or 64
-            height, width = (size, size) if isinstance(size, int) else size
-            shape = f"1, {self.config.get('num_channels', 3)}, {height}, {width}"
-            model = f'AutoModelForImageClassification.from_pretrained("{place}"{revision}).eval()'
-            found.append(
-                (
-                    "With transformers (the folder does not say how images are prepared):",
-                    f"import torch\nfrom transformers import AutoModelForImageClassification\n\nmodel = {model}\n"
-                    f"images = torch.rand({shape})\nwith torch.no_grad():\n"
-                    "    print(model(pixel_values=images).logits.softmax(-1))",
-                )
-            )
-        found.append(
-            (
-                "With hf-wash, which knows which class to load it with:",
-                f'from hf_wash.hub import load_model\n\nmodel = load_model("{place}"{revision})\nprint(model.config)',
-            )
-        )
-        return found
-
-    def _by_hand(self, loader: str) -> str:
-        place = self.repo_id or "."
-        revision = f', revision="{self.revision}"' if self.revision and self.repo_id else ""
-        return (
-            f"import torch\nfrom PIL import Image\nfrom transformers import AutoImageProcessor, {loader}\n\n"
-            f'processor = AutoImageProcessor.from_pretrained("{place}"{revision})\n'
-            f'model = {loader}.from_pretrained("{place}"{revision}).eval()\n'
-            'image = Image.new("RGB", (224, 224), "white")  # or Image.open("your_image.jpg").convert("RGB")\n'
-            "with torch.no_grad():\n"
-            '    probabilities = model(**processor(image, return_tensors="pt")).logits.softmax(-1)[0]\n'
-            "print({model.config.id2label[index]: p for index, p in enumerate(probabilities.tolist())})"
-        )
 
     # ---- Writing -----------------------------------------------------------------------------------------------------
 
@@ -620,39 +422,23 @@ class WashCard:
             title_level (`int`, *optional*, defaults to 1):
                 1 for a card of its own, 2 for a part of a card that has a title already.
         """
-        import jinja2
-
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(Path(__file__).parent),
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
         columns, rows = self.rows()
-        ingredients, scored, chosen = self.ingredients()
-        text = environment.get_template("card_template.md.jinja").render(
+        card = ModelCard.from_template(
+            self._card_data(),
+            template_path=str(Path(__file__).with_name("card_template.md.jinja")),
             card=self,
             title_level=title_level,
             columns=columns,
             rows=rows,
-            recipe=self.recipe(),
-            exchange=self.exchange(),
-            ingredients=ingredients,
-            scored=scored,
-            chosen=chosen,
-            snippets=self.snippets(),
+            wording=wording,
             papa_interval=PAPA_INTERVAL,
             record_file=RUN_RECORD,
         )
-        return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+        return re.sub(r"\n{3,}", "\n\n", card.text).strip() + "\n"
 
     def write(self, folder: str | Path) -> list[str]:
         """
         Write `README.md`, keeping what is somebody else's in it, see [`merge_card`].
-
-        Args:
-            folder (`str` or `Path`):
-                Where to.
 
         Returns:
             `list[str]`: what is wrong with the card that was there and could not be taken into account; sentences.
@@ -661,16 +447,14 @@ class WashCard:
         existing = None
         if path.is_file():
             try:
-                with open(path, encoding="utf-8", newline="") as file:
-                    existing = file.read()
+                existing = path.read_bytes().decode("utf-8")
             except UnicodeDecodeError as error:
                 return [f"{path} is left as it is: it is not UTF-8 text ({error.reason})."]
         own_title = existing is not None and has_title(own_text(existing))
         text, problems = merge_card(existing, self.metadata(), self.render(2 if own_title else 1))
         if text != existing:
             staged = path.with_name(f"_{CARD}.{os.getpid()}")
-            with open(staged, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
+            staged.write_bytes(text.encode("utf-8"))
             os.replace(staged, path)
         return [f"{path}: {problem}" for problem in problems]
 

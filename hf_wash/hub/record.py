@@ -7,17 +7,18 @@ Needs neither torch nor transformers.
 import json
 import os
 import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .card_merge import CARD, front_matter
+from huggingface_hub import HfApi, metadata_load
 
 
 # What a program can read about a run: the card's own source, written beside it by the Trainer and by `hf-wash soup`.
 RUN_RECORD = "wash_run.json"
 RECORD_FORMAT = 1
+# Where the members are: in the folder of a run, whose uploads leave out what begins with `_`, and in a repository.
+LOCAL_MEMBERS, PUSHED_MEMBERS = "_members", "members"
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -35,56 +36,9 @@ def write_record(folder: str | Path, record: Mapping[str, Any]) -> None:
     os.replace(staged, path)
 
 
-def last_evaluation(log_history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The metrics of the last evaluation in a run's log."""
-    for entry in reversed(log_history):
-        metrics = {key: value for key, value in entry.items() if key.startswith("eval_")}
-        if metrics:
-            return metrics
-    return {}
-
-
-def inherited_license(base_model: str | None, timeout: float = 10.0) -> str | None:
-    """
-    The license of the model that another one was made from.
-
-    Args:
-        base_model (`str`, *optional*):
-            A folder, whose card is read, or a repository of the Hub, which is asked.
-        timeout (`float`, *optional*, defaults to 10.0):
-            Seconds to wait for the Hub. Whatever goes wrong there, the license is not known then.
-    """
-    if not base_model:
-        return None
-    if Path(base_model).exists():
-        card = Path(base_model) / CARD
-        found = front_matter(card).get("license") if card.is_file() else None
-        return found if isinstance(found, str) else None
-    if not hub_ids(base_model):
-        return None
-    from huggingface_hub import HfApi
-
-    try:
-        data = HfApi().model_info(base_model, timeout=timeout).card_data
-        found = data.get("license") if data is not None else None
-    except Exception:  # no network, no such repository, not for us: a card can do without
-        return None
-    return found if isinstance(found, str) else None
-
-
-def dataset_repositories(*datasets: Any) -> list[str]:
-    """The repositories of the Hub that data sets of the `datasets` library were loaded from."""
-    found = []
-    for dataset in datasets:
-        checksums = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
-        found += [
-            match.group(1) for url in checksums if (match := re.match(r"hf://datasets/([^/]+/[^/@]+)@", str(url)))
-        ]
-    return list(dict.fromkeys(found))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; empty if there is no such file. A `ValueError` if it holds anything else."""
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A file's JSON object; empty if there is no such file. A `ValueError` that names the file if it holds no object."""
+    path = Path(path)
     if not path.is_file():
         return {}
     try:
@@ -96,23 +50,50 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def last_evaluation(log_history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of the last evaluation in a run's log."""
+    for entry in reversed(log_history):
+        metrics = {key: value for key, value in entry.items() if key.startswith("eval_")}
+        if metrics:
+            return metrics
+    return {}
+
+
+def inherited_license(base_model: str | None, timeout: float = 10.0) -> str | None:
+    """
+    The license of the model that another one was made from: a folder, whose card is read, or a repository of the Hub,
+    which is asked for `timeout` seconds. `None` where that does not tell.
+    """
+    try:
+        if base_model and Path(base_model).exists():
+            found = (metadata_load(Path(base_model) / "README.md") or {}).get("license")
+        elif hub_ids(base_model):
+            found = (HfApi().model_info(str(base_model), timeout=timeout).card_data or {}).get("license")
+        else:
+            return None
+    except Exception:  # no card, a broken one, no network, no such repository, not for us: a card can do without
+        return None
+    return found if isinstance(found, str) else None
+
+
+def dataset_repositories(*datasets: Any) -> list[str]:
+    """The repositories of the Hub that data sets of the `datasets` library were loaded from."""
+    infos = (getattr(getattr(dataset, "info", None), "download_checksums", None) or {} for dataset in datasets)
+    found = [re.match(r"hf://datasets/([^/]+/[^/@]+)@", str(url)) for urls in infos for url in urls]
+    return list(dict.fromkeys(match.group(1) for match in found if match))
+
+
 def count_values(folder: Path) -> int | None:
     """Number of values in a folder's weight files, from their headers."""
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        try:
-            with open(file, "rb") as content:
-                length = struct.unpack("<Q", content.read(8))[0]
-                header = json.loads(content.read(min(length, 100_000_000)))
-        except (OSError, ValueError, struct.error):
-            return None
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                count = 1
-                for dimension in tensor["shape"]:
-                    count *= dimension
-                total += count
-    return total or None
+    try:
+        # Newer than huggingface_hub 1.0, hence inside; every transformers we take asks for a version that has it. File
+        # by file, since it takes no folder of an adapter.
+        from huggingface_hub import get_local_safetensors_metadata
+
+        headers = [get_local_safetensors_metadata(file) for file in folder.glob("*.safetensors")]
+    except Exception:  # a file that is not what its name says is for others to complain about
+        return None
+    return sum(count for header in headers for count in header.parameter_count.values()) or None
 
 
 def as_list(value: Any) -> list:

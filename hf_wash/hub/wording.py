@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .record import is_number
+from .record import REPO_ID, is_number
 
 
 PERCENT = ("accuracy", "top5_accuracy", "f1", "precision", "recall")
 
 
-def links(names: list[str]) -> str:
-    """Repositories of the Hub, as links."""
-    return ", ".join(f"[{name}](https://hf.co/{name})" for name in names)
+def link(name: str) -> str:
+    """A repository of the Hub, as a link; any other name as it is."""
+    return f"[{name}](https://hf.co/{name})" if REPO_ID.fullmatch(name) else cell(name)
 
 
 def cell(text: str) -> str:
@@ -37,27 +37,23 @@ def plain(value: Any) -> str | None:
     return None if value is None else f"{value:g}"
 
 
-def short_count(count: int) -> str:
-    """A count with three digits and a unit."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return str(count)
+def short(count: float, units: tuple[str, ...] = ("", " k", " M", " B")) -> str:
+    """A count with three digits and a unit; of bytes with the units of [`bytes_text`]."""
+    power = max((power for power in range(len(units)) if count >= 1000**power), default=0)
+    return (f"{count / 1000**power:.3g}" if power else f"{count:g}") + units[power]
 
 
 def bytes_text(count: float) -> str:
     """Bytes with three digits and a unit."""
-    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:g} bytes"
+    return short(count, (" bytes", " kB", " MB", " GB", " TB"))
 
 
 def when_shuffled(mixing: Mapping[str, Any]) -> str:
     """At which steps the members exchanged weights."""
-    interval = mixing.get("shuffle_interval", 1)
+    given = {"shuffle_interval": 1, "shuffle_start": 0.0, "shuffle_stop": 1.0}
+    given |= {name: mixing[name] for name in given if mixing.get(name) is not None}
+    interval, start, stop = given.values()
     text = "after every optimizer step" if interval == 1 else f"after every {interval} optimizer steps"
-    start, stop = mixing.get("shuffle_start", 0.0), mixing.get("shuffle_stop", 1.0)
     return text if (start, stop) == (0.0, 1.0) else f"{text}, from {start:.0%} to {stop:.0%} of the run"
 
 
@@ -78,26 +74,21 @@ def differences(override: Mapping[str, Any]) -> str:
     """What a member had of its own."""
     parts = []
     for name, value in override.items():
+        words = name.replace("_", " ")
         if isinstance(value, Mapping):
             parts.append(differences(value))
-            continue
-        if value in (None, False):
-            continue
-        words = name.replace("_", " ")
-        parts.append(
-            f"its own {words}" if value is True else f"{words} {value:g}" if is_number(value) else f"{words} {value}"
-        )
+        elif value is True:
+            parts.append(f"its own {words}")
+        elif value is not None and value is not False:
+            parts.append(f"{words} {value:g}" if is_number(value) else f"{words} {value}")
     return ", ".join(part for part in parts if part)
 
 
 def soup_method(soup: Mapping[str, Any]) -> str | None:
     """How the soup was made."""
-    if not soup.get("method"):
-        return None
-    text = soup["method"]
-    if soup.get("batch_norm"):
-        text += {
-            "recalibrate": ", BatchNorm statistics measured anew on training batches",
-            "average": ", BatchNorm statistics averaged",
-        }.get(soup["batch_norm"], "")
-    return text
+    statistics = {"recalibrate": "measured anew on training batches", "average": "averaged"}.get(
+        soup.get("batch_norm")
+    )
+    if soup.get("method") and statistics:
+        return f"{soup['method']}, BatchNorm statistics {statistics}"
+    return soup.get("method")

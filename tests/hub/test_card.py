@@ -13,7 +13,8 @@ from PIL import Image
 
 from hf_wash.hub.card import WashCard, write_card
 from hf_wash.hub.card_merge import merge_card
-from hf_wash.hub.record import inherited_license, read_record
+from hf_wash.hub.record import inherited_license, read_json, read_record
+from hf_wash.hub.tasks import task_of
 
 
 BEGIN = "<!-- hf-wash:begin "
@@ -28,6 +29,10 @@ def a_copy(run, tmp_path, **metadata):
     shutil.copytree(run, folder)
     (folder / "README.md").unlink()
     return folder
+
+
+def code_in(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 # What it says
@@ -107,6 +112,14 @@ def test_the_recipe_names_what_made_the_run(vit_run):
         *("| batch size of a member | 8 |", "| hardware | 1 process on cpu", "torch 2", "| mixing | WASH |"),
     ):
         assert expected in text, expected
+
+
+def test_options_that_an_old_record_lacks_are_said_to_be_unknown(vit_run):
+    card = WashCard.from_folder(vit_run, pictures=False)
+    card.record["mixing"] = {**dict.fromkeys(card.record["mixing"]), "method": "wash"}
+    text = card.render()
+    assert "| probability p | not recorded |" in text and "| shuffled | after every optimizer step |" in text
+    assert "None" not in text
 
 
 def test_bytes_are_those_counted_and_those_of_one_gradient_a_step_and_one_model_in_ten(vit_run):
@@ -203,7 +216,7 @@ def test_paths_of_this_machine_stay_here(vit_run):
 @pytest.mark.parametrize("run", ["vit_run", "timm_run"])
 def test_the_code_in_the_card_runs_as_it_stands(run, request):
     folder = request.getfixturevalue(run)
-    snippets = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    snippets = code_in((folder / "README.md").read_text())
     assert len(snippets) == 3
     # One process for the three, each with names of its own.
     code = "\n".join(f"exec({snippet!r}, {{}})" for snippet in snippets)
@@ -212,6 +225,97 @@ def test_the_code_in_the_card_runs_as_it_stands(run, request):
     )
     assert completed.returncode == 0, completed.stderr[-3000:]
     assert completed.stdout.count("'ant'") >= 1 and "tensor(" in completed.stdout
+
+
+TEXT_MODELS = {
+    "text-generation": ("GPT2LMHeadModel", "AutoModelForCausalLM", 2, "a language model"),
+    "question-answering": ("BertForQuestionAnswering", "AutoModelForQuestionAnswering", 1, "finds answers in a text"),
+    "token-classification": ("BertForTokenClassification", "AutoModelForTokenClassification", 2, "a token classifier"),
+    "text2text-generation": ("T5ForConditionalGeneration", "AutoModelForSeq2SeqLM", 1, "sequence-to-sequence"),
+    "feature-extraction": ("BertModel", "AutoModel", 1, "an encoder"),
+}
+
+
+@pytest.mark.parametrize("tag", TEXT_MODELS)
+def test_a_model_of_text_is_said_to_be_one_and_its_code_runs(tmp_path, monkeypatch, capsys, tag):
+    import tokenizers
+    import transformers
+
+    class_name, loader, count, kind = TEXT_MODELS[tag]
+    model_class = getattr(transformers, class_name)
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[MASK]",
+        "</s>",
+        "who",
+        "wrote",
+        "it",
+        "was",
+        "written",
+        "by",
+        "a",
+        "sentence",
+        "once",
+        "upon",
+        "time",
+    ]
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    if class_name.startswith("T5"):
+        sizes = {"d_model": 8, "num_layers": 1, "num_heads": 2, "d_kv": 4, "d_ff": 8, "decoder_start_token_id": 0}
+    elif class_name.startswith("GPT2"):
+        sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2}
+    ends = {"pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 3}
+    model_class(model_class.config_class(vocab_size=len(words), **sizes, **ends)).save_pretrained(tmp_path)
+    vocabulary = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    backend = tokenizers.Tokenizer(vocabulary)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]", "eos_token": "</s>"}
+    names = ["input_ids", "attention_mask"]
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **special)
+    tokenizer.save_pretrained(tmp_path)
+
+    card = WashCard.from_folder(tmp_path)
+    assert card.metadata()["pipeline_tag"] == tag
+    text = card.render()
+    assert kind in text and "image" not in text
+    snippets = code_in(text)
+    assert len(snippets) == count and f"import {loader}, AutoTokenizer" in snippets[-1]
+    monkeypatch.chdir(tmp_path)
+    for code in snippets:
+        exec(code, {})
+        assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("class_name", "config", "tag", "loader"),
+    [
+        ("LlamaForCausalLM", {}, "text-generation", "AutoModelForCausalLM"),
+        ("BertForSequenceClassification", {}, "text-classification", "AutoModelForSequenceClassification"),
+        ("PeftModelForSequenceClassification", {}, "text-classification", "AutoModelForSequenceClassification"),
+        ("RobertaForMaskedLM", {}, "fill-mask", "AutoModelForMaskedLM"),
+        ("WhisperForConditionalGeneration", {"num_mel_bins": 80}, *("automatic-speech-recognition", "AutoModelForSpeechSeq2Seq")),
+        ("LlavaForConditionalGeneration", {"vision_config": {}}, "image-text-to-text", "AutoModelForImageTextToText"),
+        ("ViTModel", {"image_size": 224}, "image-feature-extraction", "AutoModel"),
+        # What cannot be told is not guessed.
+        ("ViltForQuestionAnswering", {"image_size": 384}, None, None),
+        ("PeftModel", {}, None, None),
+        ("Perceptron", {}, None, None),
+    ],
+)  # fmt: skip
+def test_what_a_model_does_is_told_by_its_class(class_name, config, tag, loader):
+    import transformers
+
+    task = task_of(class_name, config)
+    assert (task.tag, task.loader) == (tag, loader)
+    assert loader is None or hasattr(transformers, loader)
+
+
+def test_a_folder_of_sentence_transformers_is_loaded_with_it(vit_run):
+    card = WashCard.from_folder(vit_run, pictures=False)
+    card.library = "sentence-transformers"
+    assert card.metadata()["pipeline_tag"] == "sentence-similarity"
+    assert 'SentenceTransformer(".")' in code_in(card.render())[0] and "a sentence embedding model" in card.render()
 
 
 def test_an_adapter_names_its_backbone_and_its_code_runs(tmp_path, monkeypatch):
@@ -227,8 +331,9 @@ def test_an_adapter_names_its_backbone_and_its_code_runs(tmp_path, monkeypatch):
     lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"], r=2)
     export_model(get_peft_model(backbone, lora), tmp_path, check=False)
     card = WashCard.from_folder(tmp_path)
-    assert len(card.snippets()) == 2
-    for _, code in card.snippets():
+    snippets = code_in(card.render())
+    assert len(snippets) == 2
+    for code in snippets:
         exec(code, {})
     shutil.rmtree("org")
     data = card.metadata()
@@ -241,7 +346,7 @@ def test_an_adapter_names_its_backbone_and_its_code_runs(tmp_path, monkeypatch):
 
 def test_on_the_hub_the_code_names_the_repository_and_the_branch(timm_run):
     card = WashCard.from_folder(timm_run, repo_id="user/it", revision="dev", pictures=False, members=False)
-    codes = [code for _, code in card.snippets()]
+    codes = code_in(card.render())
     assert 'model="user/it", revision="dev"' in codes[0]
     assert '"hf_hub:user/it@dev"' in codes[1]
     assert len(codes) == 2  # no members there, no ensemble
@@ -352,3 +457,11 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path, missing):
     folder = tmp_path / "nothing" if missing == "folder" else tmp_path
     with pytest.raises(ValueError, match=r"no folder" if missing == "folder" else r"holds no model"):
         write_card(folder)
+
+
+def test_a_file_that_is_no_json_object_is_named_and_one_that_is_not_there_is_empty(tmp_path):
+    assert read_json(tmp_path / "config.json") == {}
+    for content, reason in (("{", "not valid JSON"), ("[]", "holds a list"), ("\xff", "not valid JSON")):
+        (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+        with pytest.raises(ValueError, match=rf"config\.json.*{reason}"):
+            read_json(tmp_path / "config.json")

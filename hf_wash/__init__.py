@@ -15,7 +15,7 @@ _MODULES = {
     "PopulationMixin": "trainer.mixin",
     "WashConfig": "config",
     "WashMixer": "mixing",
-    "WashTrainer": "trainer.mixin",
+    "WashTrainer": "trainer.wash_trainer",
     "greedy_soup": "soup",
     "recalibrate_batch_norm": "soup",
     "uniform_soup": "soup",
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from .mixing import WashMixer
     from .population import MemberOverrides
     from .soup import Ensemble, greedy_soup, recalibrate_batch_norm, uniform_soup
-    from .trainer.mixin import PopulationMixin, WashTrainer
+    from .trainer.mixin import PopulationMixin
+    from .trainer.wash_trainer import WashTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -1,20 +1,18 @@
 """
-[`PopulationMixin`]: a population in the place of a Trainer's one model, in the order of a run; [`WashTrainer`].
+[`PopulationMixin`]: a population in the place of a Trainer's one model, in the order of a run.
 
 Each seam of the [`~transformers.Trainer`] is a few lines here and calls `super()` for each member, or for the soup.
 What takes more is a service that holds no trainer: `member`, `data`, `mixing_run`, `log`, `served_soup`, `evaluation`,
-`checkpoint`, `refusals`; cards and uploads are in `publishing`.
+`checkpoint`, `refusals`. The seams of evaluating, of checkpoints and of publishing have files of their own.
 """
 
 import atexit
 import contextlib
-import copy
 import functools
 import inspect
 import math
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,35 +22,29 @@ import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, set_seed
 from transformers.modeling_utils import unwrap_model
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LabelSmoother, find_batch_size
 from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    EvalLoopOutput,
-    SaveStrategy,
     enable_full_determinism,
     has_length,
-    rotate_checkpoints,
 )
 from transformers.utils import logging
 
-from .. import __version__
-from ..config import ENOUGH_SHUFFLES, LARGEST_FITTED_PROBABILITY, WashConfig
-from ..hub.export import check_export, export_model, folder_problem, is_image_classifier, writing_here
+from ..config import ENOUGH_SHUFFLES, LARGEST_FITTED_PROBABILITY
+from ..hub.export import writing_here
 from ..hub.push import LOCAL_MEMBERS
 from ..population import MemberOverrides, Population, copy_member, share_frozen
 from ..population.agreement import (
     check_agreement,
     check_same_architecture,
     describe_architecture,
-    first_difference,
     weights_digest,
 )
 from ..population.consensus import ConsensusSample
 from ..soup import has_batch_norm, recalibrate_batch_norm
-from . import checkpoint as checkpoints
 from . import evaluation, refusals
+from .checkpointing import Checkpointing
 from .data import MemberBatches, MemberLoader, MembersLoader, has_labels, hold_out, shard_for_member
+from .evaluating import Evaluating
 from .log import MemberLog
 from .member import (
     LocalMembers,
@@ -86,7 +78,7 @@ def _end_process_group_at_exit() -> None:
     atexit.register(end)
 
 
-class PopulationMixin(Publishing):
+class PopulationMixin(Evaluating, Checkpointing, Publishing):
     """
     Makes a population of any [`~transformers.Trainer`]: put it in front of the Trainer, and [`PopulationArguments`] in
     front of its arguments.
@@ -126,6 +118,9 @@ class PopulationMixin(Publishing):
     ... class WashSeq2SeqConfig(PopulationArguments, Seq2SeqTrainingArguments): ...
     ```
     """
+
+    # Ways of computing a loss that leave it to the model.
+    _losses_of_models: tuple = (Trainer.compute_loss,)
 
     # ---- Build -----------------------------------------------------------------------------------------------------
 
@@ -341,8 +336,11 @@ class PopulationMixin(Publishing):
 
     def _check_labels(self) -> None:
         """Find out before training that there are no labels, where the loss is the model's own and needs them."""
-        plain = type(self).compute_loss in (Trainer.compute_loss, WashTrainer.compute_loss)
-        if not plain or self._makes_its_own_loader() or self.compute_loss_func is not None:
+        if (
+            type(self).compute_loss not in self._losses_of_models
+            or self._makes_its_own_loader()
+            or self.compute_loss_func is not None
+        ):
             return
         if self.can_return_loss or not self.label_names:
             return
@@ -790,141 +788,6 @@ class PopulationMixin(Publishing):
         # A GPU's last bit must not make processes choose differently.
         return self.population.broadcast(score)
 
-    # ---- Evaluate --------------------------------------------------------------------------------------------------
-
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """
-        Metrics of the soup and, with `evaluate_members`, of each member and of the ensemble. Call on every process;
-        every process gets the same dictionary.
-
-        Args:
-            *args, **kwargs: As in the Trainer's own `evaluate`.
-
-        Returns:
-            `dict[str, float]`: `eval_<metric>` of the soup, `eval_ensemble_<metric>` (mean of probabilities),
-            `eval_member_<i>_<metric>`, and `eval_members_<metric>_mean`, `_min`, `_max`; `<metric>` includes `loss`.
-        """
-        with self._as_soup():
-            before, self._evaluating = self._evaluating, True
-            try:
-                return super().evaluate(*args, **kwargs)
-            finally:
-                self._evaluating = before
-
-    def predict(self, *args, **kwargs):
-        """The soup's predictions. Call on every process."""
-        with self._as_soup():
-            return super().predict(*args, **kwargs)
-
-    def evaluation_loop(
-        self,
-        dataloader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """*Collective.* The Trainer's own loop over the soup, the members and their ensemble beside it batch by batch."""
-        self._advance_streams()
-        options = (description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self._beside is not None or not self.args.evaluate_members or description != "Evaluation":
-            return super().evaluation_loop(dataloader, *options)
-        loss_only = prediction_loss_only if prediction_loss_only is not None else self.args.prediction_loss_only
-        compute_metrics = None if loss_only else self.compute_metrics
-        beside = evaluation.BesideTheSoup(
-            self.population,
-            self._ensemble_kind(),
-            self._ensemble_loss,
-            keep=compute_metrics is not None,
-            preprocess=self.preprocess_logits_for_metrics,
-        )
-        models = self._members_for_evaluation()
-        self._beside, self._beside_models = beside, models
-        try:
-            output = super().evaluation_loop(dataloader, *options)
-        finally:
-            self._beside = self._beside_models = None
-
-        def summarize(of: evaluation.Predictions) -> dict[str, float]:
-            return evaluation.summarize(
-                of,
-                compute_metrics,
-                metric_key_prefix,
-                include=self.args.include_for_metrics,
-                by_batch=self.args.batch_eval_metrics,
-                concatenate=self.args.eval_do_concat_batches,
-                skip_non_finite_losses=self.args.logging_nan_inf_filter,
-            )
-
-        members = self.population.gather([summarize(own) for own in beside.members])
-        ensemble = summarize(beside.ensemble) if beside.ensemble.batches else None
-        metrics = evaluation.population_metrics(members, ensemble)
-        metrics["consensus_distance"] = self.soup.consensus_distance
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        # Rank 0's for all: a user's `compute_metrics` may be anything.
-        return output._replace(metrics=self.population.broadcast(output.metrics))
-
-    def prediction_step(self, model: nn.Module, inputs, prediction_loss_only: bool, *args, **kwargs):
-        """The soup's prediction for a batch and, in an evaluation, each member's beside it."""
-        beside = self._beside
-        if beside is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
-        result = super().prediction_step(model, copy.copy(inputs), prediction_loss_only, *args, **kwargs)
-        results = []
-        for member, prepared in zip(self.members, self._beside_models, strict=True):
-            with self.population.streams.use(member.index), as_member(self, member):
-                self.data_collator = self.soup.member.data_collator
-                own = super().prediction_step(prepared, copy.copy(inputs), not beside.needs_logits, *args, **kwargs)
-            results.append(own)
-        kept = None
-        if "inputs" in self.args.include_for_metrics:
-            kept = inputs[getattr(self.model, "main_input_name", "input_ids")]
-        labels = inputs.get(self.label_names[0]) if len(self.label_names) == 1 and hasattr(inputs, "get") else None
-        # As often as the Trainer's loop counts the loss of a batch, whose last may be shorter.
-        count = self.args.eval_batch_size or find_batch_size(inputs) or 1
-        weight = len(self.gather_function(torch.zeros(count)))
-        beside.add(results, weight, kept, labels)
-        return result
-
-    def _advance_streams(self) -> None:
-        # Iterating over a data loader draws its base seed from the global generator (torch 2.15), so a plain run's
-        # stream moves on by one draw with each evaluation; so must the members'.
-        if self.is_in_train:
-            for index in self.population.indices:
-                with self.population.streams.use(index):
-                    torch.empty((), dtype=torch.int64).random_()
-
-    def _members_for_evaluation(self) -> list[nn.Module]:
-        models = [member.prepare(self.accelerator) for member in self.members]
-        if not self.is_in_train and (self.args.fp16_full_eval or self.args.bf16_full_eval):
-            dtype = torch.float16 if self.args.fp16_full_eval else torch.bfloat16
-            # Copies: the members stay as they are, since training can go on.
-            models = [copy.deepcopy(model).to(dtype=dtype, device=self.args.device) for model in models]
-        for model in models:
-            model.eval()
-        return models
-
-    def _ensemble_kind(self) -> str | None:
-        kind = evaluation.ensemble_kind(unwrap_model(self.model))
-        if kind is None and not getattr(self, "_told_of_no_ensemble", False):
-            self._told_of_no_ensemble = True
-            logger.info(f"An ensemble of `{type(self.model).__name__}` is not defined: it is left out.")
-        return kind
-
-    def _ensemble_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss of the ensemble's prediction, as a member's would be computed from its logits. A scalar."""
-        labels = labels.cpu()
-        if self.compute_loss_func is not None:
-            return self.compute_loss_func({"logits": logits}, labels, num_items_in_batch=None)
-        if self.label_smoother is not None and not labels.is_floating_point():
-            return self.label_smoother({"logits": logits}, labels)
-        kind = evaluation.ensemble_kind(unwrap_model(self.model))
-        if kind == "regression":
-            return nn.functional.mse_loss(logits.squeeze(), labels.float().squeeze())
-        if kind == "multi_label_classification":
-            return nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
-        return nn.functional.cross_entropy(logits, labels)
-
     # ---- Save ------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -964,242 +827,8 @@ class PopulationMixin(Publishing):
                 Path(place, "training_args.bin").unlink(missing_ok=True)
         self.population.gather_processes(None)
 
-    # ---- Checkpoints -----------------------------------------------------------------------------------------------
-
-    def _node(self) -> int:
-        """The machine whose folder this process writes to; one for all without `save_on_each_node`."""
-        if not self.args.save_on_each_node:
-            return 0
-        return self.args.process_index // int(os.environ.get("LOCAL_WORLD_SIZE", self.args.world_size))
-
     def _check_export_folder(self) -> None:
         """*Collective.* Find out before training, not at its end, that the soup cannot be written where it should go."""
-
-    def _check_output_folder(self) -> None:
-        """*Collective.* Find out before training, not at the first save, whether all processes see the folder."""
-        if self.population.world_size == 1 or self.args.save_strategy == SaveStrategy.NO:
-            return
-        probe = f"_visible-{uuid.uuid4().hex}" if self.args.should_save else None
-        probes = self.population.gather_processes((self._node(), probe))
-        name = next(name for node, name in probes if node == self._node() and name is not None)
-        path = Path(self.args.output_dir) / name
-
-        def write():
-            if probe is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.touch()
-
-        self.population.do_together(f"Writing to `{self.args.output_dir}`", write)
-        blind = [rank for rank, seen in enumerate(self.population.gather_processes(path.exists())) if not seen]
-        if probe is not None:
-            path.unlink(missing_ok=True)
-        if blind:
-            raise ValueError(
-                f"`output_dir` ({self.args.output_dir}) of process 0 is not visible to process(es) "
-                f"{', '.join(map(str, blind))}, so a checkpoint could not be put together. Use a shared folder, or "
-                "`save_on_each_node=True` to keep each machine's members on that machine."
-            )
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """*Collective.* A whole population checkpoint, or none."""
-        self.store_flos()
-        run_dir = self._get_output_dir(trial=trial)
-        folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        best = self.state.best_global_step
-        if best and self.args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH, SaveStrategy.BEST):
-            best_folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{best}")
-            exists = self.population.broadcast(os.path.exists(best_folder))
-            if best == self.state.global_step or exists:
-                self.state.best_model_checkpoint = best_folder
-        with self._as_soup():
-            self._write_checkpoint(folder)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=run_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _write_checkpoint(self, folder: Path) -> None:
-        def write_soup(staging: Path) -> dict[str, torch.Tensor]:
-            self._save(str(staging))
-            self._state_with_callbacks().save_to_json(str(staging / "trainer_state.json"))
-            return self._shared_frozen(self.population.wholes[0])
-
-        def member_part(slot: int, index: int) -> tuple:
-            whole = self.population.wholes[slot]
-            weights = checkpoints.own_tensors(whole, self._shared_frozen(whole))
-            if self.args.save_only_model:
-                return weights, None, None
-            return weights, *self._training_state(slot, index, whole)
-
-        checkpoints.write(
-            self.population,
-            folder,
-            node=self._node(),
-            leads=self.args.should_save,
-            write_soup=write_soup,
-            member_part=member_part,
-            describe=self._manifest,
-        )
-
-    def _shared_frozen(self, whole: nn.Module) -> dict[str, torch.Tensor]:
-        """What all members share, written once: the frozen parameters, where all members started alike."""
-        if not self.args.same_init:
-            return {}
-        return {name: p.detach().contiguous().cpu() for name, p in whole.named_parameters() if not p.requires_grad}
-
-    def _state_with_callbacks(self):
-        # As Trainer's `_save_checkpoint` does.
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                name, state = type(callback).__name__, callback.state()
-                if isinstance(self.state.stateful_callbacks.get(name), list):
-                    self.state.stateful_callbacks[name].append(state)
-                else:
-                    self.state.stateful_callbacks[name] = state
-        return self.state
-
-    def _training_state(self, slot: int, index: int, whole: nn.Module) -> tuple[dict, Any]:
-        training = checkpoints.cut_out(self.optimizer, self.lr_scheduler, whole, index)
-        training["loss"] = self._log.losses[slot].item()
-        if self.accelerator.scaler is not None:
-            training["scaler"] = self.accelerator.scaler.state_dict()
-        streams = {"streams": self.population.streams.state(index), "loader": self._batches.loaders[slot].state()}
-        return training, checkpoints.encode_streams(streams)
-
-    def _manifest(self) -> dict[str, Any]:
-        args, moved = self.args, self.mixing.state()
-        names = ("mixing", "shuffle_probability", "shuffle_schedule", "shuffle_optimizer_state", "shuffle_interval")
-        names += ("shuffle_start", "shuffle_stop", "same_init", "member_data", "data_seed", "soup")
-        return {
-            "hf_wash_version": __version__,
-            "step": self.state.global_step,
-            "total_steps": self._total_steps,
-            "epoch": self._batches.epoch,
-            "position": self._batches.position,
-            "population_size": self.population.size,
-            "seed": args.seed,
-            "probability": self.mixing.probability,
-            "options": {name: getattr(args, name) for name in names},
-            "overrides": [overrides.describe() for overrides in self._overrides],
-            "values_moved": moved["values_moved"],
-            "bytes_exchanged": moved["bytes_exchanged"],
-            "log_window": {"since": self._globalstep_last_logged, "moved": moved["moved"]},
-            "architecture": describe_architecture(self.population.wholes[0]),
-        }
-
-    # ---- Resume ----------------------------------------------------------------------------------------------------
-
-    def _resolve_checkpoint(self, requested) -> str | None:
-        """*Collective.* The folder to resume from, checked, the same on every process; `None` for a fresh start."""
-        self._resume = None
-        if str(requested).lower() in ("true", "false") and not os.path.isdir(str(requested)):
-            requested = str(requested).lower() == "true"  # as a command line gives it
-        if not requested:
-            return None
-        found = checkpoints.resolve(self.population, self.args.output_dir, requested, leads=self.args.should_save)
-        if found is None:
-            return None
-        folder, manifest = found
-        self._adopt(manifest, folder)
-        logger.info(f"Resuming from `{folder}`.")
-        self._resume = {"folder": folder, "manifest": manifest, "streams": []}
-        return folder
-
-    def _adopt(self, manifest: dict[str, Any], folder: str) -> None:
-        """Check that a checkpoint belongs to this run; take over its population size where none was asked for."""
-        if manifest["population_size"] != self.population.size:
-            self._adopt_size(manifest["population_size"], folder)
-        theirs = checkpoints.as_architecture(manifest["architecture"])
-        buffers = {name for name, _ in self.population.wholes[0].named_buffers()}
-        # A buffer may have grown while training.
-        own, theirs = (
-            [(name, None if name in buffers else shape, *rest) for name, shape, *rest in entries]
-            for entries in (describe_architecture(self.population.wholes[0]), theirs)
-        )
-        difference = first_difference(own, theirs)
-        if difference is not None:
-            raise ValueError(f"Cannot resume: `{folder}` holds another architecture, {difference}.")
-        if manifest["seed"] != self.args.seed:
-            raise ValueError(
-                f"Cannot resume: `{folder}` was shuffled with seed {manifest['seed']}, this run's is {self.args.seed}."
-            )
-        changed = [
-            f"{name} was {value!r} and is {getattr(self.args, name)!r}"
-            for name, value in manifest["options"].items()
-            if getattr(self.args, name) != value
-        ]
-        if changed:
-            logger.warning(f"Resuming with other options than `{folder}` was written with: {'; '.join(changed)}.")
-
-    def _adopt_size(self, size: int, folder: str) -> None:
-        if self.args.population_size is not None or self._trainings:
-            raise ValueError(
-                f"Cannot resume: `{folder}` holds a population of {size}, this run's is {self.population.size}."
-            )
-        if any(any(overrides.describe().values()) for overrides in self._overrides):
-            raise ValueError(f"`members` lists {len(self._overrides)} members, but `{folder}` holds {size}.")
-        self._overrides = [MemberOverrides() for _ in range(size)]
-        start, first = self.population.members[0], size // self.population.world_size * self.population.rank
-        self.population = self._empty_population(size)
-        if self.model_init is None:
-            self._populate(lambda index: start if index == first else copy_member(start))
-            self._place_members()
-        else:
-            self.call_model_init()
-        self._become(self.population.members[0])
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        folder = Path(resume_from_checkpoint)
-        frozen = folder / checkpoints.FROZEN
-        self.members  # noqa: B018
-        for index, whole in zip(self.population.indices, self.population.wholes, strict=True):
-            checkpoints.read_weights(whole, folder / f"member_{index}" / checkpoints.MEMBER_WEIGHTS)
-            if frozen.is_file():
-                checkpoints.read_weights(whole, frozen)
-        self.soup.forget()
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        parts = {}
-        for index in self.population.indices:
-            training, streams = checkpoints.read_training(Path(checkpoint) / f"member_{index}")
-            parts[index] = training
-            self._resume["streams"].append(checkpoints.decode_streams(streams))
-        self._resume["parts"] = parts
-        wholes = dict(zip(self.population.indices, self.population.wholes, strict=True))
-        checkpoints.put_together(self.optimizer, self.lr_scheduler, wholes, parts)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.accelerator.scaler is None:
-            return
-        state = self._resume["parts"][self.population.indices[0]].get("scaler")
-        if state is not None:
-            self.accelerator.scaler.load_state_dict(state)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        # The members' streams are restored where their batches are drawn.
-        return
-
-    def _continue_from(self, resume: dict[str, Any], epoch: int, placeholders: int) -> None:
-        manifest, parts = resume["manifest"], resume["parts"]
-        self._batches.resume_at(epoch, placeholders, manifest, resume["streams"])
-        window = manifest["log_window"]
-        self.mixing.resume(manifest["values_moved"], manifest["bytes_exchanged"], window["moved"])
-        self._globalstep_last_logged = window["since"]
-        self._log = MemberLog(self.population, [parts[index]["loss"] for index in self.population.indices])
-
-    def _load_best_model(self) -> None:
-        """*Collective.* Members and soup of the best checkpoint."""
-        folder = self.state.best_model_checkpoint
-        logger.info(f"Loading the best population from {folder} (score: {self.state.best_metric}).")
-        self._load_from_checkpoint(folder)
-        self._serve_soup()
 
     # ---- What has been exchanged -----------------------------------------------------------------------------------
 
@@ -1222,113 +851,3 @@ class PopulationMixin(Publishing):
     def bytes_exchanged(self) -> int:
         """Bytes of these values."""
         return self.mixing.bytes_exchanged if self.mixing is not None else 0
-
-
-class WashTrainer(PopulationMixin, Trainer):
-    """
-    Trains a population of models that exchange a small random part of their weights after every optimizer step, as in
-    [WASH](https://hf.co/papers/2405.17517), and averages them into one *soup*. See [`PopulationMixin`] for what a
-    member is, and what the Trainer's model is when.
-
-    For image classifiers it knows more than for other models: soft labels of shape `(batch, num_labels)`, where the
-    collator says by an attribute `soft_labels` that it makes them, get the soft cross-entropy; and what it saves is
-    loadable by transformers and, for a timm model, by timm.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or `torch.nn.Module`, *optional*):
-            The model all members start as. Pass this or `model_init`. A timm model goes in as
-            [`~transformers.TimmWrapperForImageClassification`].
-        args ([`WashConfig`], *optional*):
-            The options. Batch size, learning rate, epochs and so on are those of one member.
-        members (`list[MemberOverrides]`, *optional*):
-            For each of the N members, what it does differently.
-        *further, **named:
-            As in [`~transformers.Trainer`], in its order.
-
-    Example:
-
-    ```python
-    >>> from hf_wash import WashConfig, WashTrainer
-
-    >>> args = WashConfig("soup", population_size=4, num_train_epochs=20)
-    >>> trainer = WashTrainer(model, args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
-    >>> trainer.train()
-    >>> trainer.save_model()  # the soup; AutoModelForImageClassification.from_pretrained("soup") loads it
-    ```
-    """
-
-    def __init__(self, model=None, args: WashConfig | None = None, *further, **named):
-        super().__init__(model, args if args is not None else WashConfig(output_dir="tmp_trainer"), *further, **named)
-
-    _example: dict[str, Any] | None = None
-
-    def training_step(self, model: nn.Module, inputs: list, *args, **kwargs):
-        """As [`PopulationMixin`]'s; two examples are remembered, to compare what is saved on."""
-        if self._example is None and hasattr(inputs[0], "items"):
-            self._example = {name: value[:2] for name, value in inputs[0].items() if isinstance(value, torch.Tensor)}
-        return super().training_step(model, inputs, *args, **kwargs)
-
-    def _has_soft_labels(self, inputs) -> bool:
-        labels = inputs.get("labels") if hasattr(inputs, "get") else None
-        makes_them = getattr(self.data_collator, "soft_labels", False)
-        return makes_them and isinstance(labels, torch.Tensor) and labels.is_floating_point()
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
-        # An example with soft labels is one item, not one for each class.
-        counted = [
-            {**batch, "labels": batch["labels"].new_zeros(len(batch["labels"]), dtype=torch.long)}
-            if self._has_soft_labels(batch)
-            else batch
-            for batch in batch_samples
-        ]
-        return super()._get_num_items_in_batch(counted, device)
-
-    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        """
-        The Trainer's loss; the soft labels of a collator that says so get the soft cross-entropy.
-
-        transformers (5.23) would take floating-point labels for a multi-label task, use another loss and write that
-        `problem_type` into the model's configuration.
-        """
-        if self.compute_loss_func is not None or not self._has_soft_labels(inputs):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"]
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        smoothing = self.label_smoother.epsilon if self.label_smoother is not None else 0.0
-        losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
-        items = (
-            num_items_in_batch if self.model_accepts_loss_kwargs and num_items_in_batch is not None else len(labels)
-        )
-        loss = losses.sum() / items
-        return (loss, outputs) if return_outputs else loss
-
-    def _check_export_folder(self) -> None:
-        member, folder = unwrap_model(self.population.members[0]), self.args.output_dir
-        problem = folder_problem(member, folder) if self.args.should_save and is_image_classifier(member) else None
-        for found in self.population.gather_processes(problem):
-            if found is not None:
-                raise ValueError(found)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        model = unwrap_model(self.model)
-        if not is_image_classifier(model):
-            super()._save(output_dir, state_dict)
-            return
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        if self.args.should_save:
-            export_model(model, folder, processing_class=self.processing_class, state_dict=state_dict, check=False)
-            torch.save(self.args, os.path.join(folder, "training_args.bin"))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the soup; the final one, of an image classifier, is loaded back with every loader and compared, once."""
-        super().save_model(output_dir, _internal_call)
-        model = unwrap_model(self.model)
-        if not (self.args.should_save and self.soup.served and is_image_classifier(model)) or self.soup.is_checked:
-            return
-        self.soup.is_checked = True
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        try:
-            check_export(folder, model, processing_class=self.processing_class, example=self._example)
-        except (RuntimeError, ValueError) as problem:
-            logger.warning(f"The soup is saved, but its folder could not be shown to load everywhere: {problem}")

@@ -173,7 +173,7 @@ def test_another_run_is_refused_with_the_difference(run_folder, tmp_path, settin
 
 def test_other_options_are_told(run_folder, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_wash.trainer.mixin.logger.warning", said.append)
+    monkeypatch.setattr("hf_wash.trainer.checkpointing.logger.warning", said.append)
     trainer = population(tmp_path, size=2, shuffle_probability=0.2, save_strategy="no")
     trainer.train(resume_from_checkpoint=str(run_folder / "checkpoint-8"))
     assert any("shuffle_probability was 0.3 and is 0.2" in text for text in said)

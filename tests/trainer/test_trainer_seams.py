@@ -14,8 +14,6 @@ from hf_wash import WashTrainer
 # method: (the Trainer's method that calls it, the call as it is written there)
 SEAMS = {
     "call_model_init": ("train", "self.call_model_init("),
-    "_get_dataloader": ("get_eval_dataloader", "self._get_dataloader("),
-    "get_train_dataloader": ("_inner_training_loop", "self.get_train_dataloader()"),
     "num_examples": ("set_initial_training_values", "self.num_examples("),
     "get_total_train_batch_size": ("set_initial_training_values", "self.get_total_train_batch_size("),
     "_inner_training_loop": ("train", "self._inner_training_loop"),
@@ -40,6 +38,7 @@ SEAMS = {
     "_finalize_training": ("_inner_training_loop", "self._finalize_training("),
     "evaluate": ("_evaluate", "self.evaluate("),
     "evaluation_loop": ("evaluate", "self.evaluation_loop("),
+    "prediction_step": ("evaluation_loop", "self.prediction_step("),
     "save_model": (None, None),
     "_save": ("save_model", "self._save(output_dir)"),
     "_save_checkpoint": ("_maybe_log_save_evaluate", "self._save_checkpoint(model, trial)"),
@@ -60,7 +59,8 @@ SEAMS = {
 
 
 def overridden():
-    own = {name for name, value in vars(WashTrainer).items() if callable(value) and not name.startswith("__")}
+    classes = [part for part in WashTrainer.__mro__ if part.__module__.startswith("hf_wash.")]
+    own = {n for part in classes for n, value in vars(part).items() if callable(value) and not n.startswith("__")}
     return sorted(name for name in own if hasattr(Trainer, name))
 
 
@@ -83,7 +83,14 @@ def test_the_trainer_passes_what_an_epoch_needs_by_name():
     assert "epoch=epoch" in source and "steps_trained_in_current_epoch=steps_trained_in_current_epoch" in source
 
 
-def test_an_exchange_hangs_on_the_event_after_the_optimizer_step():
+def test_an_exchange_hangs_on_the_optimizers_step_before_anything_is_logged_or_saved():
     source = inspect.getsource(Trainer._run_epoch)
     step, event = source.index("self.optimizer.step()"), source.index("self.callback_handler.on_optimizer_step(")
     assert step < event < source.index("self._maybe_log_save_evaluate(")
+
+
+def test_the_loop_asks_for_its_loader_once_and_takes_the_prepared_one():
+    """The members' loaders are put in the place of that one call."""
+    source = inspect.getsource(Trainer._inner_training_loop)
+    assert source.count("self.get_train_dataloader()") == 1
+    assert "model, train_dataloader = self._prepare_for_training(" in source

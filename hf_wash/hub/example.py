@@ -40,16 +40,31 @@ def guess_example(model: Any) -> Any:
     if kind_of(model) == "timm":
         shape = timm_config(model)["pretrained_cfg"]["input_size"]
         return torch.randn(2, *shape, generator=generator)
+    cause = None
+    try:
+        example = _guess_by_name(model, generator)
+    except Exception as error:  # configurations lack whatever their model does not need
+        example, cause = None, error
+    if example is None:
+        name = model.main_input_name
+        raise CannotCheck(
+            f"There is no telling what a {type(model).__name__} takes as '{name}': pass `example`."
+        ) from cause
+    return example
+
+
+def _guess_by_name(model: Any, generator: torch.Generator) -> dict[str, torch.Tensor] | None:
     config, name = model.config, model.main_input_name
     if name == "pixel_values" or (name == "inputs" and "ImageClassification" in type(model).__name__):
         return _guess_images(model, generator)
     if name == "input_ids":
         text_config = config.get_text_config()
         words = torch.randint(0, text_config.vocab_size, (2, _WORDS), generator=generator)
-        if isinstance(text_config.eos_token_id, int) and text_config.eos_token_id < text_config.vocab_size:
+        end = getattr(text_config, "eos_token_id", None)
+        if isinstance(end, int) and end < text_config.vocab_size:
             # Some classifiers look for the end of the text, of which there has to be one.
-            words[words == text_config.eos_token_id] = 0 if text_config.eos_token_id else 1
-            words[:, -1] = text_config.eos_token_id
+            words[words == end] = 0 if end else 1
+            words[:, -1] = end
         return {name: words}
     if name == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
         return {name: torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)}
@@ -57,7 +72,7 @@ def guess_example(model: Any) -> Any:
         spectrogram = hasattr(config, "max_length") and hasattr(config, "num_mel_bins")
         shape = (config.max_length, config.num_mel_bins) if spectrogram else (_SAMPLES,)
         return {name: torch.randn(2, *shape, generator=generator)}
-    raise CannotCheck(f"There is no telling what a {type(model).__name__} takes as '{name}': pass `example`.")
+    return None
 
 
 def _guess_images(model: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -122,3 +122,20 @@ def test_models_whose_tokens_mean_other_words_are_not_averaged(refused, tmp_path
     with pytest.raises(SystemExit) as ended:
         main(["soup", str(first), str(other), "--out", str(tmp_path / "soup")])
     assert ended.value.code == 0
+
+
+def test_a_soup_of_adapters_of_another_task_is_an_adapter_on_their_backbone(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertForQuestionAnswering
+
+    backbone = exported(tmp_path / "backbone", "BertForQuestionAnswering", 0)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=["query"], task_type="QUESTION_ANS", init_lora_weights=False)
+        model = get_peft_model(BertForQuestionAnswering.from_pretrained(backbone), config)
+        export_model(model, tmp_path / str(seed), processing_class=tokenizer())
+    with pytest.raises(SystemExit) as ended:
+        main(["soup", str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "soup")])
+    assert ended.value.code == 0
+    assert type(load_model(tmp_path / "soup").get_base_model()) is BertForQuestionAnswering
+    assert (tmp_path / "soup" / "tokenizer.json").is_file()

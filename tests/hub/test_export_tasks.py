@@ -181,6 +181,12 @@ def test_a_check_that_cannot_be_done_says_so_and_the_files_stay(tmp_path):
     with pytest.raises(CannotCheck, match=r"does not answer \(.*: pass an `example`"):
         check_export(tmp_path / "clip", CLIPModel(config), example={"input_ids": torch.zeros(2, 4, dtype=torch.long)})
     assert issubclass(CannotCheck, ValueError)
+    strange = tiny_models.tiny("ViTForImageClassification")
+    strange.main_input_name = "input_ids"  # of which its configuration knows nothing
+    with pytest.raises(CannotCheck, match="no telling what a ViTForImageClassification takes as 'input_ids'"):
+        export_model(strange, tmp_path / "strange")
+    with pytest.raises(CannotCheck, match="not a list"):
+        check_export(tmp_path / "strange", strange, example=[1])
 
 
 # --- what users add ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Uploading a run to the Hub: the soup at the repository's root, the members under
 The Trainer and `hf-wash push` both go through here. What is in the files is others' work (`export.py`, `card.py`).
 """
 
+import functools
 import logging
 import os
 import shlex
@@ -13,16 +14,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
+
 from ..soup.weights import find_weight_files
 from .card_merge import front_matter_problem
-from .record import read_record
+from .record import LOCAL_MEMBERS, PUSHED_MEMBERS, read_record
 
 
 logger = logging.getLogger(__name__)
 
 # As Trainer's uploads leave out: checkpoints, and what a run keeps for itself (`_members`, unfinished checkpoints).
-_LEFT_OUT = ["_*", "checkpoint-*"]
-LOCAL_MEMBERS, PUSHED_MEMBERS = "_members", "members"
+_LEFT_OUT = ["_*", "checkpoint-*", *DEFAULT_IGNORE_PATTERNS]
 _SNAPSHOT_PREFIX = "_pushing-"
 
 
@@ -81,26 +85,35 @@ def push_folder(
     """
     folder = Path(folder)
     find_weight_files(folder)
-    beside = member_files(folder, _population_size(folder)) if members else {}
-    replaced = [f"{PUSHED_MEMBERS}/"] if members else []
-    asked_for = repo_id
-
-    def upload(files: Mapping[str, Path]) -> Any:
-        with failing_clearly(folder, asked_for, members=members, private=private, revision=revision):
-            return push_files(
-                repo_id, files, replaced=replaced, revision=revision, token=token, commit_message=commit_message
-            )
-
-    with failing_clearly(folder, asked_for, members=members, private=private, revision=revision):
+    # A folder that was trained into before may hold members of a larger population, too.
+    size = read_record(folder).get("population", {}).get("size")
+    beside = member_files(folder, size) if members else {}
+    failing = functools.partial(failing_clearly, folder, repo_id, members=members, private=private, revision=revision)
+    with failing():
         repo_id = create_repository(repo_id, private=private, revision=revision, token=token)
     if prepare is not None:
         prepare(repo_id)
+
+    def upload(files: Mapping[str, Path]) -> Any:
+        with failing():
+            return push_files(
+                repo_id,
+                files,
+                replaced=[f"{PUSHED_MEMBERS}/"] if members else [],
+                revision=revision,
+                token=token,
+                commit_message=commit_message,
+            )
+
     files = root_files(folder) | beside
-    if blocking:
-        return upload(files)
+    return upload(files) if blocking else _in_background(upload, files)
+
+
+def _in_background(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A `Future` of the call, made by Trainer's own client, whose uploads are done one after the other."""
     from transformers.utils.hub import hf_api
 
-    return hf_api().run_as_future(upload, files)
+    return hf_api().run_as_future(function, *arguments)
 
 
 @contextmanager
@@ -113,10 +126,8 @@ def failing_clearly(
     revision: str | None = None,
 ) -> Iterator[None]:
     """Turns whatever goes wrong in a block into a [`PushError`] that says how to push `folder` later."""
-    command = ["hf-wash", "push", str(folder), repo_id]
-    command += ["--members"] if members else []
-    command += ["--private"] if private else []
-    command += ["--revision", revision] if revision is not None else []
+    command = ["hf-wash", "push", str(folder), repo_id, *["--members"] * members, *["--private"] * bool(private)]
+    command += [] if revision is None else ["--revision", revision]
     try:
         yield
     except Exception as error:  # whatever it was, the user must hear that nothing is lost and what to do
@@ -126,18 +137,10 @@ def failing_clearly(
         ) from error
 
 
-def _population_size(folder: Path) -> int | None:
-    # A folder that was trained into before may hold members of a larger population, too.
-    return read_record(folder).get("population", {}).get("size")
-
-
 def root_files(folder: Path) -> dict[str, Path]:
     """What of a run's folder an upload takes without being asked: files by their path in the repository."""
-    from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
-
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    kept = filter_repo_objects(paths, ignore_patterns=[*_LEFT_OUT, *DEFAULT_IGNORE_PATTERNS])
-    return {path: folder / path for path in kept}
+    return {path: folder / path for path in filter_repo_objects(paths, ignore_patterns=_LEFT_OUT)}
 
 
 def member_files(folder: Path, count: int | None = None) -> dict[str, Path]:
@@ -177,15 +180,7 @@ def member_files(folder: Path, count: int | None = None) -> dict[str, Path]:
 def create_repository(
     repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | bool | None = None
 ) -> str:
-    """
-    Makes a repository, and a branch in it, unless they are there. Returns its full name, `user/name`.
-
-    Args:
-        repo_id, private, revision, token:
-            As for [`push_folder`].
-    """
-    from huggingface_hub import HfApi
-
+    """Makes a repository, and a branch in it, unless they are there. Returns its full name, `user/name`."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and revision != "main" and not revision.startswith("refs/"):
@@ -215,21 +210,18 @@ def push_files(
         revision, token, commit_message:
             As for [`push_folder`].
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
-    api = HfApi(token=token)
-    files = dict(files)
+    # `upload_folder` takes one folder, under the names it has; here members change the name of theirs.
+    api, files = HfApi(token=token), dict(files)
     card = files.get("README.md")
     problem = front_matter_problem(card) if card is not None else None
     if problem is not None:
         logger.warning(f"The model card {card} is not uploaded, since the Hub would refuse it: {problem}")
         del files["README.md"]
-    stale = []
+    operations: list[Any] = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=files[name]) for name in files]
     if replaced:
         there = api.list_repo_files(repo_id, revision=revision)
         stale = [path for path in there if path.startswith(tuple(replaced)) and path not in files]
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
-    operations += [CommitOperationDelete(path_in_repo=path) for path in stale]
+        operations += [CommitOperationDelete(path_in_repo=path) for path in stale]
     return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
 
 
@@ -250,8 +242,6 @@ def push_in_background(repo_id: str, files: Mapping[str, Path], workspace: Path,
     Returns:
         `concurrent.futures.Future`: of the commit. Uploads are done one after the other.
     """
-    from transformers.utils.hub import hf_api
-
     snapshot = workspace / f"{_SNAPSHOT_PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
     kept = {}
     for number, (name, path) in enumerate(files.items()):
@@ -265,7 +255,7 @@ def push_in_background(repo_id: str, files: Mapping[str, Path], workspace: Path,
         finally:
             shutil.rmtree(snapshot, ignore_errors=True)
 
-    return hf_api().run_as_future(upload)
+    return _in_background(upload)
 
 
 def remove_snapshots(workspace: Path) -> None:
@@ -298,24 +288,18 @@ _ADVICE = {
 
 def explain(error: BaseException) -> str:
     """Why a request to the Hub failed, in a sentence or two."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    for cause in causes:
-        if isinstance(cause, OfflineModeIsEnabled):
-            return "this process is offline (HF_HUB_OFFLINE is set)."
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+        return "this process is offline (HF_HUB_OFFLINE is set)."
     for cause in causes:
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
             status = cause.response.status_code
             said = " ".join((cause.server_message or "").split()) or cause.response.reason_phrase
             return f"the Hub answered {status}, “{said.rstrip('.')}”. {_ADVICE.get(status, '')}".rstrip()
     # The last cause is the connection's own; what is above it says what was being done.
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    text = " ".join(line.strip() for line in lines[:2])
+    text = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2]) or type(error).__name__
     below = causes[-1]
     if below is not error and str(below) and str(below) not in text:
         text = f"{text.rstrip('.')} ({type(below).__name__}: {str(below).splitlines()[0]})"

@@ -400,9 +400,12 @@ def test_own_metadata_are_brought_up_to_date_until_somebody_changes_them():
         ("---\n- a\n- b\n---\n", "is a list where"),
         ("---\nlicense: mit\n\nno end\n", "never ends"),
         ("---\nkey: 'open\n---\n", "not valid YAML"),
+        # Valid, but with nowhere to put a line.
+        ("---\n{license: other}\n---\n", "a name in each line"),
+        ("---\nlicense: other\n...\n---\n", "a name in each line"),
     ],
 )
-def test_broken_front_matter_is_kept_and_reported(front, reason):
+def test_front_matter_that_is_broken_or_cannot_be_completed_is_kept_and_reported(front, reason):
     existing = f"{front}\n# Mine\n"
     merged, problems = merge_card(existing, METADATA, "GENERATED\n")
     assert merged.startswith(existing) and "GENERATED" in merged

@@ -55,7 +55,7 @@ SMALL_LEARNING_RATE, FINETUNING_LEARNING_RATE, LORA_LEARNING_RATE = 3e-3, 2e-5, 
 # ---- The population: nothing else is needed ------------------------------------------------------------------------
 
 
-class WashSFTTrainer(PopulationMixin, SFTTrainer):
+class WashSFTTrainer(PopulationMixin, SFTTrainer):  # type: ignore[misc] # TRL's card takes other arguments
     """TRL's [`~trl.SFTTrainer`] with a population in the place of the model."""
 
 

@@ -5,8 +5,8 @@ processes must agree on (`agreement`), what may differ between members (`overrid
 """
 
 from .overrides import MemberOverrides
-from .population import Population, copy_member, share_frozen
+from .population import Population, copy_member, grow_buffers, share_frozen
 from .streams import RandomStreams
 
 
-__all__ = ["MemberOverrides", "Population", "RandomStreams", "copy_member", "share_frozen"]
+__all__ = ["MemberOverrides", "Population", "RandomStreams", "copy_member", "grow_buffers", "share_frozen"]

@@ -278,6 +278,15 @@ def _of_the_copy(value: Any, copies: dict[int, Any]) -> Any:
     return functools.update_wrapper(made, value, updated=("__dict__",))
 
 
+def grow_buffers(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give `model` buffers of the shapes that `tensors` have: some grow while training."""
+    for name, buffer in list(model.named_buffers()):
+        value = tensors.get(name)
+        if value is not None and value.shape != buffer.shape:
+            module, _, last = name.rpartition(".")
+            setattr(model.get_submodule(module), last, value.to(buffer.device, buffer.dtype, copy=True))
+
+
 def share_frozen(member: nn.Module, first: nn.Module) -> None:
     """Make `member` use `first`'s frozen parameters where the values are equal."""
     theirs = dict(first.named_parameters())

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..population import Population
+from ..population import Population, grow_buffers
 
 
 logger = logging.getLogger(__name__)
@@ -60,8 +61,12 @@ def file_record(path: Path) -> dict[str, Any]:
 
 
 def file_records(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """[`file_record`] of each file, by its path inside `folder`."""
-    return {path.relative_to(folder).as_posix(): file_record(path) for path in sorted(files)}
+    """[`file_record`] of each file, by its path inside `folder`; several at a time, since hashing leaves Python."""
+    paths = sorted(files)
+    with ThreadPoolExecutor(max_workers=4) as threads:
+        return dict(
+            zip((p.relative_to(folder).as_posix() for p in paths), threads.map(file_record, paths), strict=True)
+        )
 
 
 def write(
@@ -356,16 +361,13 @@ def read_weights(member: nn.Module, path: Path) -> None:
     Raises:
         InvalidCheckpoint: for a tensor that the member has not, or has in another shape.
     """
+    tensors = load_file(path)
+    grow_buffers(member, tensors)
     own = {**dict(member.named_parameters()), **dict(member.named_buffers())}
     with torch.no_grad():
-        for name, value in load_file(path).items():
+        for name, value in tensors.items():
             if name not in own:
                 raise InvalidCheckpoint(f"`{path}` holds `{name}`, which the model has not")
-            if own[name].shape != value.shape and not isinstance(own[name], nn.Parameter):
-                # A buffer that has grown while training.
-                module, _, last = name.rpartition(".")
-                member.get_submodule(module).register_buffer(last, value.to(own[name].device, own[name].dtype))
-                continue
             if own[name].shape != value.shape:
                 raise InvalidCheckpoint(
                     f"`{path}` holds `{name}` of shape {tuple(value.shape)}, the model's is {tuple(own[name].shape)}"

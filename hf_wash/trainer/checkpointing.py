@@ -17,10 +17,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rota
 from transformers.utils import logging
 
 from .. import __version__
-from ..population import MemberOverrides, copy_member
+from ..population import MemberOverrides, Population, copy_member
 from ..population.agreement import describe_architecture, first_difference
 from . import checkpoint as checkpoints
+from .data import MemberBatches
 from .log import MemberLog
+from .mixing_run import MixingRun
+from .served_soup import ServedSoup
 
 
 logger = logging.get_logger(__name__)
@@ -28,6 +31,14 @@ logger = logging.get_logger(__name__)
 
 class Checkpointing(Trainer):
     """The part of a population's Trainer that writes checkpoints and resumes from them."""
+
+    population: Population
+    mixing: MixingRun | None
+    soup: ServedSoup
+    _overrides: list[MemberOverrides]
+    _batches: MemberBatches
+    _log: MemberLog | None
+    _resume: dict[str, Any] | None
 
     def _node(self) -> int:
         """The machine whose folder this process writes to; one for all without `save_on_each_node`."""
@@ -133,8 +144,8 @@ class Checkpointing(Trainer):
 
     def _manifest(self) -> dict[str, Any]:
         args, moved = self.args, self.mixing.state()
-        names = ("mixing", "shuffle_probability", "shuffle_schedule", "shuffle_optimizer_state", "shuffle_interval")
-        names += ("shuffle_start", "shuffle_stop", "same_init", "member_data", "data_seed", "soup")
+        names = ["mixing", "shuffle_probability", "shuffle_schedule", "shuffle_optimizer_state", "shuffle_interval"]
+        names += ["shuffle_start", "shuffle_stop", "same_init", "member_data", "data_seed", "soup"]
         return {
             "hf_wash_version": __version__,
             "step": self.state.global_step,

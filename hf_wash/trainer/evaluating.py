@@ -14,8 +14,10 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from ..population import Population
 from . import evaluation
-from .member import as_member
+from .member import Member, as_member
+from .served_soup import ServedSoup
 
 
 logger = logging.get_logger(__name__)
@@ -23,6 +25,13 @@ logger = logging.get_logger(__name__)
 
 class Evaluating(Trainer):
     """The part of a population's Trainer that evaluates and predicts."""
+
+    population: Population
+    soup: ServedSoup
+    members: list[Member]
+    _evaluating: bool
+    _beside: evaluation.BesideTheSoup | None
+    _beside_models: list[nn.Module] | None
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """

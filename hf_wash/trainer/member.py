@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 
@@ -49,7 +50,7 @@ class MemberAccelerator:
         """As of one process: the padding of a last batch is cut off, nothing is sent."""
         if use_gather_object:
             return input_data if isinstance(input_data, list) else [input_data]
-        return Accelerator.gather_for_metrics(self, input_data)  # type: ignore[arg-type] # in an accelerator's place
+        return Accelerator.gather_for_metrics(self, input_data)
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """The member's own values, scaled: nothing is sent."""
@@ -115,7 +116,7 @@ def _restore(arguments_class: type, state: dict[str, Any]) -> Any:
     return restored
 
 
-def arguments_of_member(args: Any, **own: Any) -> Any:
+def arguments_of_member(args: TrainingArguments, **own: Any) -> Any:
     """
     A member's own copy of the Trainer's arguments, those of a run on one process.
 
@@ -124,7 +125,7 @@ def arguments_of_member(args: Any, **own: Any) -> Any:
         **own: What is the member's own: its seed, its rates.
     """
     copied = copy.copy(args)
-    copied.__class__ = _of_one_process(type(args))
+    copied.__class__ = _of_one_process(type(args))  # type: ignore[arg-type] # a class is hashable
     vars(copied).update(own)
     return copied
 

@@ -251,7 +251,7 @@ class Publishing(Trainer):
             logger.warning(f"`{folder}` is not pushed to {self.hub_model_id}: {explain(error)} Training goes on.")
             return
         job.add_done_callback(lambda done: self._report_push(folder, done))
-        jobs = self.push_in_progress.jobs if busy else []
+        jobs = self.push_in_progress.jobs if busy and self.push_in_progress is not None else []
         self.push_in_progress = PushInProgress([*jobs, job])
 
     def _report_push(self, folder: Path, job) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..population import Population, copy_member
+from ..population import Population, copy_member, grow_buffers
 from ..population.consensus import squared_distance
 from ..soup import GreedySoupRecord, greedy_soup, uniform_soup
 from .member import Member
@@ -70,6 +70,7 @@ class ServedSoup:
         shared = {name for name, p in whole.named_parameters() if not p.requires_grad} if share_frozen else ()
 
         def load(weights: dict[str, torch.Tensor]) -> None:
+            grow_buffers(whole, weights)
             whole.load_state_dict(weights, strict=False)
             finish(soup)
 

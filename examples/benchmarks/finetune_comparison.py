@@ -81,7 +81,7 @@ def finetune(folder: str, backbone: str, seed: int, options: argparse.Namespace,
     began = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - began
-    return trainer.evaluate(), {"training": round(seconds, 1), "mixing": round(trainer.mixing_seconds, 1)}
+    return trainer.evaluate(), {"training": round(seconds, 1), "mixing": round(trainer.mixing.seconds, 1)}
 
 
 def compare(seed: int, options: argparse.Namespace) -> dict[str, tuple[float, float]]:

@@ -143,7 +143,7 @@ def mixing_share(steps: int, batch: int) -> None:
         trainer.train()
         seconds = time.perf_counter() - began
     if trainer.is_world_process_zero():
-        print(json.dumps([seconds / steps, trainer.mixing_seconds / steps, trainer.mixing_wait_seconds / steps]))
+        print(json.dumps([seconds / steps, trainer.mixing.seconds / steps, trainer.mixing.wait_seconds / steps]))
 
 
 def measure_mixing(steps: int, batch: int) -> dict:

@@ -6,11 +6,10 @@ the transport in `exchange.py`, the probabilities in `schedule.py`.
 """
 
 import functools
-import operator
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .agreement import agree, architecture, difference, processes, unlike
+from .drafts import Draft, Promise, dismiss, keep_promises
 from .exchange import (
     BAD,
     FLAGS,
@@ -27,15 +28,13 @@ from .exchange import (
     STOP,
     DeviceShipment,
     HostShipment,
-    Route,
     Wire,
     room_for_values,
-    route,
 )
-from .memory import Plane, Selection, Views, aligned, look, overlaps
+from .memory import Plane, Views, aligned, look, overlaps
 from .optimizer_state import Layout, OptimizerStates, common_layout, optimizer_name, trial_refusal
 from .plan import PLAN_VERSION, Planner
-from .schedule import SCHEDULES, check_probability, layer_probabilities, plain_name, shuffled_layers
+from .schedule import SCHEDULES, check_probability, layer_probabilities, shuffled_layers
 
 
 class ContagionError(RuntimeError):
@@ -181,7 +180,7 @@ class WashMixer:
             optimizers = ()
         elif not isinstance(optimizers, Sequence):
             optimizers = (optimizers,)
-        group, rank, num_processes = _processes(process_group)
+        group, rank, num_processes = processes(process_group)
         self._members = range(rank * len(members), (rank + 1) * len(members))
         self._num_members = num_processes * len(members)
         self._num_processes = num_processes
@@ -198,7 +197,7 @@ class WashMixer:
         except ValueError as found:
             error = str(found)
         if group is not None:
-            error, self._agreed = _agree(group, error, description, self._announced)
+            error, self._agreed = agree(group, error, description, self._announced)
         else:
             self._agreed = self._announced
         if error is not None:
@@ -226,7 +225,7 @@ class WashMixer:
         self._agree_first = self._late and self._wire is not None and self._shuffle_optimizer_state
         self._last_step: int | None = None
         self._interval = 1
-        self._ahead: tuple[int, _Promise] | None = None
+        self._ahead: tuple[int, Promise] | None = None
         self._carried: Layout | None = None
         self._views: dict[Plane, Views] = {}
         self._carry(self._agreed)
@@ -240,11 +239,11 @@ class WashMixer:
         check_probability(probability)
         if not isinstance(schedule, Mapping) and schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a mapping, and is {schedule!r}.")
-        architectures = [_architecture(member) for member in members]
-        for number, architecture in zip(self._members, architectures, strict=True):
-            difference = _difference(architectures[0], architecture)
-            if difference:
-                raise ValueError(_unlike(number, self._members[0], difference))
+        architectures = [architecture(member) for member in members]
+        for number, theirs in zip(self._members, architectures, strict=True):
+            differing = difference(architectures[0], theirs)
+            if differing:
+                raise ValueError(unlike(number, self._members[0], differing))
         parameters = [
             {name: parameter for layer in shuffled_layers(member).values() for name, parameter in layer.items()}
             for member in members
@@ -498,7 +497,7 @@ class WashMixer:
         states, members = self._states, range(len(self._members))
         return [tensor for local in members for tensor in states.tensors(plane.slot, local, plane.tensors)]
 
-    def _shipment(self, draft: "_Draft | None", planes: Sequence[Plane]) -> HostShipment | DeviceShipment:
+    def _shipment(self, draft: "Draft | None", planes: Sequence[Plane]) -> HostShipment | DeviceShipment:
         """What carries these planes from where their tensors are now."""
         if draft is None:
             return self._load([], [])
@@ -510,13 +509,13 @@ class WashMixer:
             shipment = draft.shipment([self._views[plane] for plane in planes], self._load)
         return shipment
 
-    def _draft(self, step: int) -> "_Draft":
+    def _draft(self, step: int) -> "Draft":
         """The plan of a step and its routes: those drawn ahead, if it was this step that was expected."""
         # Taken at once: should the thread have failed, then the next call for this step draws anew.
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == step and self._thread_lives():
             return ahead[1].result()
-        return _Draft(*self._outline(step))
+        return Draft(*self._outline(step))
 
     def _outline(self, step: int) -> tuple:
         """What a draft is made from: nothing that refers to the mixer, so that the thread that draws cannot keep it."""
@@ -534,13 +533,13 @@ class WashMixer:
         if self._tasks is None or not self._thread_lives():
             self._tasks = queue.SimpleQueue()
             self._thread = threading.Thread(
-                target=_keep_promises, args=(self._tasks,), name="hf_wash-plan", daemon=True
+                target=keep_promises, args=(self._tasks,), name="hf_wash-plan", daemon=True
             )
             self._thread.start()
-            weakref.finalize(self, _dismiss, self._tasks, self._thread)
+            weakref.finalize(self, dismiss, self._tasks, self._thread)
         # Now, not below: freeing tensors lets other threads in, and the one that draws would go first.
         self._ahead = None
-        promise = _Promise(functools.partial(_Draft, *self._outline(step)))
+        promise = Promise(functools.partial(Draft, *self._outline(step)))
         self._ahead = (step, promise)
         self._tasks.put(promise)
 
@@ -594,85 +593,6 @@ class WashMixer:
         return MixStats(values, size, sent, False, stop, all_values, all_size, waited)
 
 
-class _Promise:
-    """A draft that is made in a thread. An executor's future does more, at four times the price of all that is here."""
-
-    def __init__(self, make: "Callable[[], _Draft]"):
-        self._make: Callable[[], _Draft] | None = make
-        self._draft: _Draft | None = None
-        self._failure: BaseException | None = None
-        self._done = threading.Lock()
-        self._done.acquire()
-
-    def keep(self) -> None:
-        assert self._make is not None
-        try:
-            self._draft = self._make()
-        except BaseException as failure:
-            self._failure = failure
-        self._make = None
-        self._done.release()
-
-    def result(self) -> "_Draft":
-        """The draft, as soon as it is made; or its exception."""
-        with self._done:
-            pass
-        if self._failure is not None:
-            raise self._failure
-        assert self._draft is not None
-        return self._draft
-
-
-def _keep_promises(tasks: queue.SimpleQueue) -> None:
-    while (promise := tasks.get()) is not None:
-        promise.keep()
-        # Else it would be held, and all that it refers to, until the next one comes.
-        del promise
-
-
-def _dismiss(tasks: queue.SimpleQueue, thread: threading.Thread) -> None:
-    tasks.put(None)
-    # The interpreter must not end while the thread is at work.
-    if thread is not threading.current_thread():
-        thread.join()
-
-
-_Load = Callable[[Sequence[Views], Sequence[Route]], HostShipment | DeviceShipment]
-
-
-class _Draft:
-    """The plan of a step and what it means for this process: all that can be worked out ahead."""
-
-    def __init__(
-        self,
-        planner: Planner,
-        step: int,
-        views: Sequence[Views],
-        members: range,
-        num_processes: int,
-        load: _Load,
-    ):
-        self.plan = planner.draw(step)
-        self._members = members
-        self._num_processes = num_processes
-        self._foreseen = self._ship(views, load)
-
-    def shipment(self, views: Sequence[Views], load: _Load) -> HostShipment | DeviceShipment:
-        """What carries these planes; made now if it is not what was foreseen, as for a state that is new."""
-        foreseen = self._foreseen.views
-        if len(views) == len(foreseen) and all(map(operator.is_, views, foreseen)):
-            return self._foreseen
-        return self._ship(views, load)
-
-    def _ship(self, views: Sequence[Views], load: _Load) -> HostShipment | DeviceShipment:
-        # Slots of the state mostly lie in memory as the weights do, and then they have the same route.
-        routes: dict[Selection, Route] = {}
-        for view in views:
-            if view.selection not in routes:
-                routes[view.selection] = route(self.plan, view.selection, self._members, self._num_processes)
-        return load(views, [routes[view.selection] for view in views])
-
-
 def _planes(layout: Sequence[Sequence[tuple[str | None, torch.dtype]]]) -> list[Plane]:
     """Sorts the slots of all parameters into planes, in the same order on every process."""
     tensors: dict[tuple[str | None, torch.dtype], list[int]] = {}
@@ -680,64 +600,3 @@ def _planes(layout: Sequence[Sequence[tuple[str | None, torch.dtype]]]) -> list[
         for slot in slots:
             tensors.setdefault(slot, []).append(number)
     return [Plane(slot, dtype, tuple(tensors[slot, dtype])) for slot, dtype in sorted(tensors, key=str)]
-
-
-def _processes(process_group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None, int, int]:
-    """The group, or `None` where nothing needs to be sent, this process's rank in it, and its size."""
-    if not (dist.is_available() and dist.is_initialized()):
-        if process_group is not None:
-            raise ValueError("A process_group was given, and torch.distributed is not initialised in this process.")
-        return None, 0, 1
-    group = dist.group.WORLD if process_group is None else process_group
-    rank = dist.get_rank(group)
-    if rank < 0:
-        raise ValueError("This process is not in process_group, so it cannot host members of its population.")
-    size = dist.get_world_size(group)
-    return (group if size > 1 else None), rank, size
-
-
-def _architecture(model: nn.Module) -> list[tuple[str, str]]:
-    return [
-        (plain_name(name), f"shape {tuple(p.shape)}, {p.dtype}, {'trainable' if p.requires_grad else 'frozen'}")
-        for name, p in model.named_parameters()
-    ]
-
-
-def _difference(expected: list[tuple[str, str]], found: list[tuple[str, str]]) -> str | None:
-    for (name, what), (other_name, other) in zip(expected, found, strict=False):
-        if name != other_name:
-            return f"has the parameter {other_name!r} where the other has {name!r}"
-        if what != other:
-            return f"has the parameter {name!r} with {other}, and the other with {what}"
-    if len(expected) != len(found):
-        longer, has = (expected, "lacks") if len(expected) > len(found) else (found, "has")
-        return f"{has} the parameter {longer[min(len(expected), len(found))][0]!r}, unlike the other"
-    return None
-
-
-def _unlike(member: int, other: int, difference: str | None) -> str:
-    return f"Member {member} does not have the architecture of member {other}: it {difference}."
-
-
-def _agree(
-    group: dist.ProcessGroup, error: str | None, description: dict, layout: Layout
-) -> tuple[str | None, Layout]:
-    """Compares what the processes were given. Returns, the same on all, what is wrong, and the slots that all have."""
-    found: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, (error, description, layout), group=group)
-    for process, (text, _, _) in enumerate(found):
-        if text is not None:
-            return (text if text == error else f"Process {process}: {text}"), ()
-    reference = found[0][1]
-    for process, (_, other, _) in enumerate(found):
-        for key, value in reference.items():
-            if other[key] == value:
-                continue
-            if key == "architecture":
-                first = process * reference["number of members"]
-                return _unlike(first, 0, _difference(value, other[key])), ()
-            return (
-                f"Processes have to agree on the {key}: process 0 has {value!r} and process {process} {other[key]!r}.",
-                (),
-            )
-    return None, common_layout([theirs for _, _, theirs in found])

@@ -5,6 +5,7 @@ What becomes of their predictions is `evaluation`'s work.
 """
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -28,10 +29,14 @@ class Evaluating(Trainer):
 
     population: Population
     soup: ServedSoup
-    members: list[Member]
     _evaluating: bool
     _beside: evaluation.BesideTheSoup | None
     _beside_models: list[nn.Module] | None
+
+    if TYPE_CHECKING:
+
+        @property
+        def members(self) -> list[Member]: ...
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """

@@ -3,28 +3,26 @@
 
 Each seam of the [`~transformers.Trainer`] is a few lines here and calls `super()` for each member, or for the soup.
 What takes more is a service that holds no trainer: `member`, `data`, `mixing_run`, `log`, `served_soup`, `evaluation`,
-`checkpoint`, `refusals`. The seams of evaluating, of checkpoints and of publishing have files of their own.
+`checkpoint`, `refusals`. The seams by which members are made (`populating`), the soup is served
+(`serving`), and those of evaluation, checkpoints and publishing have files of their own.
 """
 
 import atexit
-import contextlib
 import functools
 import inspect
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer, set_seed
+from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
-from transformers.trainer_pt_utils import LabelSmoother, find_batch_size
 from transformers.trainer_utils import (
-    enable_full_determinism,
     has_length,
 )
 from transformers.utils import logging
@@ -32,15 +30,12 @@ from transformers.utils import logging
 from ..config import ENOUGH_SHUFFLES, LARGEST_FITTED_PROBABILITY
 from ..hub.export import writing_here
 from ..hub.push import LOCAL_MEMBERS
-from ..population import MemberOverrides, Population, copy_member, share_frozen
+from ..population import MemberOverrides, copy_member
 from ..population.agreement import (
     check_agreement,
-    check_same_architecture,
     describe_architecture,
     weights_digest,
 )
-from ..population.consensus import ConsensusSample
-from ..soup import has_batch_norm, recalibrate_batch_norm
 from . import evaluation, refusals
 from .checkpointing import Checkpointing
 from .data import MemberBatches, MemberLoader, MembersLoader, has_labels, hold_out, shard_for_member
@@ -49,23 +44,18 @@ from .log import MemberLog
 from .member import (
     LocalMembers,
     Member,
-    MemberAccelerator,
-    arguments_of_member,
-    around_another,
     as_member,
-    find_around,
-    whole_of,
 )
 from .mixing_run import MixingRun
+from .populating import Populating
 from .publishing import Publishing
 from .served_soup import ServedSoup
+from .serving import Serving
 
 
 logger = logging.get_logger(__name__)
 
 DEFAULT_POPULATION_SIZE = 4
-# Seeds of what is drawn outside of the members' streams: far from those of members, `seed + k`.
-RECALIBRATION_SEED_OFFSET, HOLDOUT_SEED_OFFSET = 1_000_003, 1_000_033
 
 
 @functools.cache
@@ -78,7 +68,7 @@ def _end_process_group_at_exit() -> None:
     atexit.register(end)
 
 
-class PopulationMixin(Evaluating, Checkpointing, Publishing):
+class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing):
     """
     Makes a population of any [`~transformers.Trainer`]: put it in front of the Trainer, and [`PopulationArguments`] in
     front of its arguments.
@@ -170,100 +160,6 @@ class PopulationMixin(Evaluating, Checkpointing, Publishing):
             parameters = inspect.signature(Trainer.__init__).parameters
             parameters = {name: p for name, p in parameters.items() if name != "self"}
         return {**dict(zip(parameters, args, strict=False)), **kwargs}
-
-    def _empty_population(self, size: int) -> Population:
-        return Population(size, self.args.device, self.args.process_index, self.args.world_size)
-
-    def call_model_init(self, trial=None) -> nn.Module:
-        """A new population from `model_init`, called for each member with its own seed. Returns the first local one."""
-        self.population = self._empty_population(self.population.size)
-        self._members = None
-        make = super().call_model_init
-        self._populate(lambda index: make(trial))
-        if hasattr(self, "place_model_on_device"):
-            self._place_members()
-        return self.population.members[0]
-
-    def _populate(self, make: Callable[[int], nn.Module]) -> None:
-        population = self.population
-        outside = population.streams.capture()
-        for index in population.indices:
-            # A plain run's streams begin with the seed, and go through its `model_init`.
-            seed = self.args.seed + index
-            enable_full_determinism(seed) if self.args.full_determinism else set_seed(seed)
-            member = make(index)
-            population.add(member, population.streams.capture())
-        population.streams.restore(outside)
-        check_same_architecture(population)
-        if self.args.same_init:
-            self._start_from_member_0()
-        for member in population.members[1:]:
-            share_frozen(member, population.members[0])
-        self._members = None
-        self.soup = ServedSoup()
-
-    @torch.no_grad()
-    def _start_from_member_0(self) -> None:
-        first = self.population.members[0]
-        # Buffers too: a model may draw them at random.
-        start = [*first.parameters(), *first.buffers()]
-        self.population.broadcast_tensors([tensor.data for tensor in start], source=0)
-        for member in self.population.members[1:]:
-            for tensor, value in zip([*member.parameters(), *member.buffers()], start, strict=True):
-                if tensor is not value:
-                    tensor.copy_(value)
-
-    def _place_members(self) -> None:
-        if self.place_model_on_device:
-            for member in self.population.members:
-                self._move_model_to_device(member, self.args.device)
-
-    @property
-    def members(self) -> list[Member]:
-        """What belongs to each member of this process, made when it is first needed."""
-        if self._members is None:
-            population = self.population
-            first = population.members[0]
-            around = find_around(self, first)
-            self._members = []
-            for index, model in population:
-                own = around if model is first else around_another(around, first, model)
-                data_seed = self.args.data_seed + index if self.args.data_seed is not None else None
-                accelerator = MemberAccelerator(self.accelerator, data_seed)
-                self._members.append(
-                    Member(index, model, self.args, accelerator, around=own, whole=whole_of(model, own))
-                )
-            if around:
-                population.wholes = [member.whole for member in self._members]
-            self._consensus_sample = ConsensusSample(population.wholes[0])
-            self._bring_members_up_to_date()
-        return self._members
-
-    def _bring_members_up_to_date(self) -> None:
-        """What members take over from the Trainer's arguments and data, which a user may have changed meanwhile."""
-        for member in self._members:
-            overrides = self._overrides[member.index]
-            own = {"seed": self.args.seed + member.index}
-            if self.args.data_seed is not None:
-                own["data_seed"] = self.args.data_seed + member.index
-            for name in ("learning_rate", "weight_decay"):
-                if getattr(overrides, name) is not None:
-                    own[name] = getattr(overrides, name)
-            member.args = arguments_of_member(self.args, **own)
-            member.train_dataset = self._data_of(member.index)
-            member.data_collator = overrides.data_collator or self.data_collator
-            factor = overrides.label_smoothing_factor
-            member.label_smoother = self.label_smoother
-            if factor is not None:
-                member.label_smoother = LabelSmoother(epsilon=factor) if factor else None
-
-    def _become(self, model: nn.Module, member: Member | None = None) -> None:
-        """Serve a model: a member, or the soup."""
-        self.model = self.model_wrapped = model
-        if member is not None:
-            vars(self).update(member.around)
-        if hasattr(self, "callback_handler"):
-            self.callback_handler.model = model
 
     def hyperparameter_search(self, *args, **kwargs):
         """Not supported: a trial would have to rebuild the population on all processes alike."""
@@ -498,8 +394,8 @@ class PopulationMixin(Evaluating, Checkpointing, Publishing):
         return next((m.prepare(self.accelerator) for m in known if m.model is model), model)
 
     def _prepare_for_training(self, *args, **kwargs):
-        if self.optimizer is not None:
-            vars(self.optimizer).pop("step", None)  # of a run before
+        if hasattr(getattr(self.optimizer, "step", None), "mixes"):
+            del self.optimizer.step  # of a run before
         model, _ = super()._prepare_for_training(*args, **kwargs)
         self._log = MemberLog(self.population)
         resumed = self._resume["manifest"] if self._resume is not None else {}
@@ -527,6 +423,7 @@ class PopulationMixin(Evaluating, Checkpointing, Publishing):
             self.mixing.mix(self.state.global_step + 1)
             return result
 
+        step_and_mix.mixes = True
         self.optimizer.step = step_and_mix
         loader = self._batches.as_dataloader()
         self.callback_handler.train_dataloader = loader
@@ -676,117 +573,6 @@ class PopulationMixin(Evaluating, Checkpointing, Publishing):
         if self.args.push_members:
             self.save_members()
         return result
-
-    # ---- Soup ------------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _as_soup(self) -> Iterator[None]:
-        """*Collective unless the soup is served already.* Make the Trainer's model the soup for the length of a block."""
-        soup = self.soup.member if self.soup.served else self._build_soup()
-        shown = getattr(self.callback_handler, "model", None)
-        self.callback_handler.model = soup.model
-        try:
-            with self.population.streams.use(None), as_member(self, soup):
-                yield
-        finally:
-            self.callback_handler.model = shown
-
-    def _serve_soup(self) -> None:
-        """*Collective.* Build the soup from the members as they are and make it the Trainer's model."""
-        soup = self._build_soup()
-        self._become(soup.model, soup)
-        self.soup.served = True
-
-    def _build_soup(self) -> Member:
-        if self.mixing is not None:
-            self.mixing.synchronize()
-        self.members  # noqa: B018 # made while the Trainer's model is still the first member
-        key = (self._trainings, self.state.global_step) if self.is_in_train else None
-        with self.population.streams.use(None):
-            return self.soup.build(
-                self.population,
-                key,
-                share_frozen=self.args.same_init,
-                make=self._in_a_members_place,
-                finish=self._finish_soup,
-                score=self._held_out_score if self._holds_out and self._data_in_common() is not None else None,
-            )
-
-    def _in_a_members_place(self, whole: nn.Module) -> Member:
-        first = self.members[0]
-        model = whole.model if first.around else whole
-        around = {
-            name: whole.around[name] if isinstance(value, nn.Module) else {k: whole.around[k] for k in value}
-            for name, value in first.around.items()
-        }
-        soup = Member(None, model, self.args, MemberAccelerator(self.accelerator), around=around, whole=whole)
-        soup.prepare(self.accelerator)
-        return soup
-
-    def _data_in_common(self) -> Any:
-        return self.train_dataset if self.train_dataset is not None else self._overrides[0].train_dataset
-
-    def _finish_soup(self, soup: Member) -> None:
-        """*Collective.* The soup's arguments and data, and its BatchNorm statistics, from a stream of their own."""
-        soup.args, soup.label_smoother = self.args, self.label_smoother
-        common = self.train_dataset is not None
-        soup.train_dataset = self.train_dataset if common else self._data_of(0)
-        soup.data_collator = self.data_collator
-        if not common and self._overrides[0].data_collator is not None:
-            soup.data_collator = self._overrides[0].data_collator
-        if (
-            self.args.soup_batch_norm != "recalibrate"
-            or self.population.size == 1
-            or soup.train_dataset is None
-            or not has_batch_norm(soup.model)
-        ):
-            return
-        streams = self.population.streams
-        before = streams.capture()
-        try:
-            set_seed(self.args.seed + RECALIBRATION_SEED_OFFSET)
-            with as_member(self, soup):
-                loader = self.get_train_dataloader()
-                recalibrate_batch_norm(
-                    soup.model,
-                    iter(getattr(loader, "base_dataloader", loader)),
-                    forward=self._forward_without_labels,
-                    max_batches=self.args.soup_batch_norm_batches,
-                )
-        finally:
-            streams.restore(before)
-        # The same batches everywhere, but a GPU's sums may differ in the last bit.
-        self.population.broadcast_tensors(list(soup.model.buffers()), source=0)
-
-    def _forward_without_labels(self, model: nn.Module, batch) -> None:
-        inputs = self._prepare_inputs(batch)
-        with self.compute_loss_context_manager():
-            self.model_wrapped(**{name: value for name, value in inputs.items() if name not in self.label_names})
-
-    def _held_out_score(self, soup: Member) -> float:
-        """*Collective.* A soup's score on held-out training data; augmentation draws the same for every soup."""
-        held_out = hold_out(self._data_in_common(), self.args.soup_holdout, self.args.seed)[1]
-        predictions = evaluation.Predictions()
-        streams = self.population.streams
-        before = streams.capture()
-        soup.prepared.eval()
-        try:
-            set_seed(self.args.seed + HOLDOUT_SEED_OFFSET)
-            with as_member(self, soup):
-                for index, inputs in enumerate(self.get_test_dataloader(held_out)):
-                    result = super().prediction_step(soup.prepared, inputs, False)
-                    predictions.add(index, find_batch_size(inputs) or 1, *result)
-        finally:
-            streams.restore(before)
-        score = evaluation.held_out_score(
-            predictions,
-            evaluation.ensemble_kind(soup.model),
-            self.args.metric_for_best_model,
-            self.args.greater_is_better,
-            self.compute_metrics,
-        )
-        # A GPU's last bit must not make processes choose differently.
-        return self.population.broadcast(score)
 
     # ---- Save ------------------------------------------------------------------------------------------------------
 

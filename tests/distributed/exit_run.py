@@ -7,12 +7,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 
-# Handlers run in the reverse order of their making: this one after the library's.
-atexit.register(lambda: print(f"alive: {dist.is_initialized()}", flush=True))
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from small_population import population
+
+
+# Handlers run in the reverse order of their making: this one after that of the Trainer, which is made below.
+atexit.register(lambda: print(f"alive: {dist.is_initialized()}", flush=True))
 
 
 population(sys.argv[1], size=2, max_steps=2, eval_strategy="no").train()

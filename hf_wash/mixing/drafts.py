@@ -1,0 +1,91 @@
+"""What a mixer works out ahead, in a thread, while the members compute: the plan of a step, and what carries it out."""
+
+import operator
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+from .exchange import DeviceShipment, HostShipment, Route, route
+from .memory import Selection, Views
+from .plan import Planner
+
+
+class Promise:
+    """A draft that is made in a thread. An executor's future does more, at four times the price of all that is here."""
+
+    def __init__(self, make: "Callable[[], Draft]"):
+        self._make: Callable[[], Draft] | None = make
+        self._draft: Draft | None = None
+        self._failure: BaseException | None = None
+        self._done = threading.Lock()
+        self._done.acquire()
+
+    def keep(self) -> None:
+        assert self._make is not None
+        try:
+            self._draft = self._make()
+        except BaseException as failure:
+            self._failure = failure
+        self._make = None
+        self._done.release()
+
+    def result(self) -> "Draft":
+        """The draft, as soon as it is made; or its exception."""
+        with self._done:
+            pass
+        if self._failure is not None:
+            raise self._failure
+        assert self._draft is not None
+        return self._draft
+
+
+def keep_promises(tasks: queue.SimpleQueue) -> None:
+    """What the thread does: keep one promise after the other, until it is given `None`."""
+    while (promise := tasks.get()) is not None:
+        promise.keep()
+        # Else it would be held, and all that it refers to, until the next one comes.
+        del promise
+
+
+def dismiss(tasks: queue.SimpleQueue, thread: threading.Thread) -> None:
+    """End the thread."""
+    tasks.put(None)
+    # The interpreter must not end while the thread is at work.
+    if thread is not threading.current_thread():
+        thread.join()
+
+
+Load = Callable[[Sequence[Views], Sequence[Route]], HostShipment | DeviceShipment]
+
+
+class Draft:
+    """The plan of a step and what it means for this process: all that can be worked out ahead."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        step: int,
+        views: Sequence[Views],
+        members: range,
+        num_processes: int,
+        load: Load,
+    ):
+        self.plan = planner.draw(step)
+        self._members = members
+        self._num_processes = num_processes
+        self._foreseen = self._ship(views, load)
+
+    def shipment(self, views: Sequence[Views], load: Load) -> HostShipment | DeviceShipment:
+        """What carries these planes; made now if it is not what was foreseen, as for a state that is new."""
+        foreseen = self._foreseen.views
+        if len(views) == len(foreseen) and all(map(operator.is_, views, foreseen)):
+            return self._foreseen
+        return self._ship(views, load)
+
+    def _ship(self, views: Sequence[Views], load: Load) -> HostShipment | DeviceShipment:
+        # Slots of the state mostly lie in memory as the weights do, and then they have the same route.
+        routes: dict[Selection, Route] = {}
+        for view in views:
+            if view.selection not in routes:
+                routes[view.selection] = route(self.plan, view.selection, self._members, self._num_processes)
+        return load(views, [routes[view.selection] for view in views])

@@ -1,0 +1,149 @@
+"""
+[`Serving`]: when a population's Trainer builds its soup and hands it out as its model, and on which data a soup is
+finished and scored.
+
+What a soup is made of is `served_soup`'s and `soup`'s work.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import Trainer, set_seed
+from transformers.trainer_pt_utils import find_batch_size
+
+from ..population import MemberOverrides, Population
+from ..soup import has_batch_norm, recalibrate_batch_norm
+from . import evaluation
+from .data import hold_out
+from .member import Member, MemberAccelerator, as_member
+from .mixing_run import MixingRun
+from .served_soup import ServedSoup
+
+
+# Seeds of what is drawn outside of the members' streams: far from those of members, `seed + k`.
+RECALIBRATION_SEED_OFFSET, HOLDOUT_SEED_OFFSET = 1_000_003, 1_000_033
+
+
+class Serving(Trainer):
+    """The part of a population's Trainer that builds and serves its soup."""
+
+    population: Population
+    soup: ServedSoup
+    mixing: MixingRun | None
+    _overrides: list[MemberOverrides]
+
+    if TYPE_CHECKING:
+
+        @property
+        def members(self) -> list[Member]: ...
+
+    @contextlib.contextmanager
+    def _as_soup(self) -> Iterator[None]:
+        """*Collective unless the soup is served already.* Make the Trainer's model the soup for the length of a block."""
+        soup = self.soup.member if self.soup.served else self._build_soup()
+        shown = getattr(self.callback_handler, "model", None)
+        self.callback_handler.model = soup.model
+        try:
+            with self.population.streams.use(None), as_member(self, soup):
+                yield
+        finally:
+            self.callback_handler.model = shown
+
+    def _serve_soup(self) -> None:
+        """*Collective.* Build the soup from the members as they are and make it the Trainer's model."""
+        soup = self._build_soup()
+        self._become(soup.model, soup)
+        self.soup.served = True
+
+    def _build_soup(self) -> Member:
+        if self.mixing is not None:
+            self.mixing.synchronize()
+        self.members  # noqa: B018 # made while the Trainer's model is still the first member
+        key = (self._trainings, self.state.global_step) if self.is_in_train else None
+        with self.population.streams.use(None):
+            return self.soup.build(
+                self.population,
+                key,
+                share_frozen=self.args.same_init,
+                make=self._in_a_members_place,
+                finish=self._finish_soup,
+                score=self._held_out_score if self._holds_out and self._data_in_common() is not None else None,
+            )
+
+    def _in_a_members_place(self, whole: nn.Module) -> Member:
+        first = self.members[0]
+        model = whole.model if first.around else whole
+        around = {
+            name: whole.around[name] if isinstance(value, nn.Module) else {k: whole.around[k] for k in value}
+            for name, value in first.around.items()
+        }
+        soup = Member(None, model, self.args, MemberAccelerator(self.accelerator), around=around, whole=whole)
+        soup.prepare(self.accelerator)
+        return soup
+
+    def _data_in_common(self) -> Any:
+        return self.train_dataset if self.train_dataset is not None else self._overrides[0].train_dataset
+
+    def _finish_soup(self, soup: Member) -> None:
+        """*Collective.* The soup's arguments and data, and its BatchNorm statistics, from a stream of their own."""
+        soup.args, soup.label_smoother = self.args, self.label_smoother
+        common = self.train_dataset is not None
+        soup.train_dataset = self.train_dataset if common else self._data_of(0)
+        soup.data_collator = self.data_collator
+        if not common and self._overrides[0].data_collator is not None:
+            soup.data_collator = self._overrides[0].data_collator
+        if (
+            self.args.soup_batch_norm != "recalibrate"
+            or self.population.size == 1
+            or soup.train_dataset is None
+            or not has_batch_norm(soup.model)
+        ):
+            return
+        streams = self.population.streams
+        before = streams.capture()
+        try:
+            set_seed(self.args.seed + RECALIBRATION_SEED_OFFSET)
+            with as_member(self, soup):
+                loader = self.get_train_dataloader()
+                recalibrate_batch_norm(
+                    soup.model,
+                    iter(getattr(loader, "base_dataloader", loader)),
+                    forward=self._forward_without_labels,
+                    max_batches=self.args.soup_batch_norm_batches,
+                )
+        finally:
+            streams.restore(before)
+        # The same batches everywhere, but a GPU's sums may differ in the last bit.
+        self.population.broadcast_tensors(list(soup.model.buffers()), source=0)
+
+    def _forward_without_labels(self, model: nn.Module, batch) -> None:
+        inputs = self._prepare_inputs(batch)
+        with self.compute_loss_context_manager():
+            self.model_wrapped(**{name: value for name, value in inputs.items() if name not in self.label_names})
+
+    def _held_out_score(self, soup: Member) -> float:
+        """*Collective.* A soup's score on held-out training data; augmentation draws the same for every soup."""
+        held_out = hold_out(self._data_in_common(), self.args.soup_holdout, self.args.seed)[1]
+        predictions = evaluation.Predictions()
+        streams = self.population.streams
+        before = streams.capture()
+        soup.prepared.eval()
+        try:
+            set_seed(self.args.seed + HOLDOUT_SEED_OFFSET)
+            with as_member(self, soup):
+                for index, inputs in enumerate(self.get_test_dataloader(held_out)):
+                    result = super().prediction_step(soup.prepared, inputs, False)
+                    predictions.add(index, find_batch_size(inputs) or 1, *result)
+        finally:
+            streams.restore(before)
+        score = evaluation.held_out_score(
+            predictions,
+            evaluation.ensemble_kind(soup.model),
+            self.args.metric_for_best_model,
+            self.args.greater_is_better,
+            self.compute_metrics,
+        )
+        # A GPU's last bit must not make processes choose differently.
+        return self.population.broadcast(score)

@@ -1,9 +1,10 @@
 """
-What a population costs beside a plain Trainer: time with mixing off, memory for each further member, and the part of a
-step that the shuffle takes.
+What a population costs beside a plain Trainer: time with mixing off, memory for each further member, the part of a
+step that the shuffle takes, and the time of saving.
 
-    python examples/benchmarks/trainer_cost.py            # all three, on the CPU
-    python examples/benchmarks/trainer_cost.py overhead   # or memory, or mixing
+    python examples/benchmarks/trainer_cost.py                       # all of these, on the CPU
+    python examples/benchmarks/trainer_cost.py overhead              # or memory, mixing or saving
+    python examples/benchmarks/trainer_cost.py overhead --members 4  # against four plain runs one after the other
 
 Every figure is a ratio or a difference within this run: machines are noisy. Set `OMP_NUM_THREADS=1`.
 """
@@ -20,7 +21,7 @@ import tempfile
 import time
 
 import torch
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 from hf_wash import WashConfig, WashTrainer
 
@@ -64,31 +65,86 @@ def arguments(folder: str, steps: int, batch: int) -> dict:
     }  # fmt: skip
 
 
-def measure_overhead(pairs: int, steps: int) -> dict:
-    """A population of one with mixing off against a plain Trainer, in turns."""
+def measure_overhead(pairs: int, steps: int, members: int) -> dict:
+    """A population with mixing off against as many plain runs one after the other, in turns."""
     ratios, plain_times, ours_times = [], [], []
+    data = Noise(32 * steps, 32)
     with tempfile.TemporaryDirectory() as folder:
+        shared = arguments(folder, steps, 32)
+
+        def trained(make) -> float:
+            trainer = make(vit(32, 96, 4, 4))
+            began = time.perf_counter()
+            trainer.train()
+            return time.perf_counter() - began
+
+        def plain() -> float:
+            args = TrainingArguments(**shared)
+            return sum(trained(lambda model: Trainer(model, args, train_dataset=data)) for _ in range(members))
+
+        def ours() -> float:
+            args = WashConfig(**shared, population_size=members, mixing="independent")
+            return trained(lambda model: WashTrainer(model, args, train_dataset=data))
+
         for pair in range(pairs + 1):
-            times = {}
-            for kind in ("plain", "ours") if pair % 2 else ("ours", "plain"):
-                model, data = vit(32, 96, 4, 4), Noise(32 * steps, 32)
-                shared = arguments(folder, steps, 32)
-                if kind == "plain":
-                    trainer = Trainer(model, TrainingArguments(**shared), train_dataset=data)
-                else:
-                    args = WashConfig(**shared, population_size=1, mixing="independent")
-                    trainer = WashTrainer(model, args, train_dataset=data)
-                began = time.perf_counter()
-                trainer.train()
-                times[kind] = time.perf_counter() - began
+            if pair % 2:
+                plain_seconds, our_seconds = plain(), ours()
+            else:
+                our_seconds, plain_seconds = ours(), plain()
             if pair:  # the first pair warms up
-                ratios.append(times["ours"] / times["plain"])
-                plain_times.append(times["plain"])
-                ours_times.append(times["ours"])
+                ratios.append(our_seconds / plain_seconds)
+                plain_times.append(plain_seconds)
+                ours_times.append(our_seconds)
     return {
-        "pairs": pairs, "steps": steps, "plain_seconds": statistics.median(plain_times),
-        "population_of_one_seconds": statistics.median(ours_times), "ratio_median": statistics.median(ratios),
+        "members": members, "pairs": pairs, "steps": steps, "plain_seconds": statistics.median(plain_times),
+        "population_seconds": statistics.median(ours_times), "ratio_median": statistics.median(ratios),
         "ratio_min": min(ratios), "ratio_max": max(ratios),
+    }  # fmt: skip
+
+
+class _Timed(TrainerCallback):
+    """Notes when a step has ended and when its checkpoint has been written."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._began = time.perf_counter()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self._began)
+
+
+def measure_saving(rounds: int) -> dict:
+    """Seconds to save ViT-S: a checkpoint of two members and the final soup, each beside the plain Trainer's own."""
+    found: dict[str, list[float]] = {name: [] for name in ("plain_model", "plain_checkpoint", "soup", "checkpoint")}
+    checked = []
+    with tempfile.TemporaryDirectory() as folder:
+        shared = {**arguments(folder, 2, 2), "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+        for _ in range(rounds):
+            for kind in ("plain", "ours"):
+                timed, model, data = _Timed(), vit(224, 384, 12, 16), Noise(4, 224)
+                if kind == "plain":
+                    trainer = Trainer(model, TrainingArguments(**shared), train_dataset=data, callbacks=[timed])
+                else:
+                    args = WashConfig(**shared, population_size=2, shuffle_probability=0.001)
+                    trainer = WashTrainer(model, args, train_dataset=data, callbacks=[timed])
+                trainer.train()
+                found["plain_checkpoint" if kind == "plain" else "checkpoint"] += timed.seconds
+                for number in range(2):
+                    began = time.perf_counter()
+                    trainer.save_model(f"{folder}/final")
+                    seconds = time.perf_counter() - began
+                    # The final soup is loaded back once, at the first save.
+                    if kind == "ours" and number == 0:
+                        checked.append(seconds)
+                    else:
+                        found["plain_model" if kind == "plain" else "soup"].append(seconds)
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    return {
+        "rounds": rounds, **{f"{name}_seconds": value for name, value in medians.items()},
+        "soup_with_its_check_seconds": statistics.median(checked),
+        "checkpoint_for_each_of_its_three_models": medians["checkpoint"] / 3 / medians["plain_checkpoint"],
     }  # fmt: skip
 
 
@@ -163,26 +219,29 @@ def measure_mixing(steps: int, batch: int) -> dict:
 def main() -> None:
     """Run what was asked for and print a JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="all", help="all, overhead, memory or mixing")
+    parser.add_argument("what", nargs="?", default="all", help="all, overhead, memory, mixing or saving")
     parser.add_argument("numbers", nargs="*", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--pairs", type=int, default=7, help="pairs of runs for the overhead")
+    parser.add_argument("--members", type=int, default=1, help="members of the population for the overhead")
     chosen = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if chosen.what == "peak":
         peak_memory(*chosen.numbers)
     elif chosen.what == "share":
         mixing_share(*chosen.numbers)
-    elif chosen.what in ("all", "overhead", "memory", "mixing"):
+    elif chosen.what in ("all", "overhead", "memory", "mixing", "saving"):
         results = {}
         if chosen.what in ("all", "overhead"):
-            results["overhead"] = measure_overhead(chosen.pairs, steps=60)
+            results["overhead"] = measure_overhead(chosen.pairs, steps=60, members=chosen.members)
         if chosen.what in ("all", "memory"):
             results["memory"] = measure_memory([1, 2, 4, 8])
         if chosen.what in ("all", "mixing"):
             results["mixing"] = measure_mixing(steps=6, batch=8)
+        if chosen.what in ("all", "saving"):
+            results["saving"] = measure_saving(rounds=3)
         print(json.dumps({"threads": torch.get_num_threads(), **results}, indent=1))
     else:
-        parser.error(f"what to measure must be all, overhead, memory or mixing, found {chosen.what!r}")
+        parser.error(f"what to measure must be all, overhead, memory, mixing or saving, found {chosen.what!r}")
 
 
 if __name__ == "__main__":

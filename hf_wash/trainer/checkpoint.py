@@ -8,14 +8,15 @@ states are read with torch's `weights_only`, random streams are JSON.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,22 @@ def file_record(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def file_records(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """[`file_record`] of each file, by its path inside `folder`; several at a time, since hashing leaves Python."""
-    paths = sorted(files)
-    with ThreadPoolExecutor(max_workers=4) as threads:
-        return dict(
-            zip((p.relative_to(folder).as_posix() for p in paths), threads.map(file_record, paths), strict=True)
-        )
+class _Records:
+    """[`file_record`] of files, made in threads while the next ones are written: neither hashing nor syncing needs Python."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._threads = ThreadPoolExecutor(max_workers=4)
+        self._records: dict[str, Future] = {}
+
+    def add(self, files: Iterable[Path]) -> None:
+        for path in files:
+            self._records[path.relative_to(self._folder).as_posix()] = self._threads.submit(file_record, path)
+
+    def collect(self) -> dict[str, dict[str, Any]]:
+        """The records by the files' paths inside the folder, once all are there."""
+        with self._threads:
+            return {name: record.result() for name, record in sorted(self._records.items())}
 
 
 def write(
@@ -106,18 +116,17 @@ def write(
             staging.mkdir(parents=True)
 
     def write_parts() -> tuple[int, list[int], dict]:
-        records = {}
+        records = _Records(staging)
         if leads:
             shared = write_soup(staging)
             if shared:
                 save_file(shared, staging / FROZEN, metadata={"format": "pt"})
             # Other processes write their members meanwhile.
             own = [path for path in staging.rglob("*") if path.is_file() and not _is_of_a_member(path, staging)]
-            records |= file_records(staging, own)
+            records.add(own)
         for slot, index in enumerate(population.indices):
-            files = write_member(staging / f"member_{index}", *member_part(slot, index))
-            records |= file_records(staging, files)
-        return node, list(population.indices), records
+            records.add(write_member(staging / f"member_{index}", *member_part(slot, index)))
+        return node, list(population.indices), records.collect()
 
     population.do_together(what, begin, clean_up)
     written = population.do_together(what, write_parts, clean_up)
@@ -185,6 +194,17 @@ def own_tensors(model: nn.Module, shared: Iterable[str] = ()) -> dict[str, torch
     }
 
 
+@contextlib.contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Without torch's own checksum, which takes as long as the writing: the manifest has a better one."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
 def write_member(
     folder: Path, weights: dict[str, torch.Tensor], training: Mapping[str, Any] | None, streams: Any = None
 ) -> list[Path]:
@@ -204,7 +224,8 @@ def write_member(
     files = [folder / MEMBER_WEIGHTS]
     save_file(weights, files[0], metadata={"format": "pt"})
     if training is not None:
-        torch.save(dict(training), folder / OPTIMIZER)
+        with _without_crc32():
+            torch.save(dict(training), folder / OPTIMIZER)
         (folder / STREAMS).write_text(json.dumps(streams), encoding="utf-8")
         files += [folder / OPTIMIZER, folder / STREAMS]
     return files

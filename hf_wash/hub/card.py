@@ -40,7 +40,10 @@ PAPA_INTERVAL = 10
 
 # Metrics that the Hub knows by these names and shows as such.
 _HUB_METRICS = ("accuracy", "f1", "precision", "recall", "roc_auc")
-_SPEED = ("runtime", "samples", "samples_per_second", "steps_per_second", "jit_compilation_time")
+# What an evaluation reports that is no score of the soup.
+_NO_SCORE = re.compile(
+    r"(ensemble|members?(_\d+)?)_|(runtime|samples|(samples|steps)_per_second|jit_compilation_time|consensus_distance)$"
+)
 _MAX_COLUMNS = 6
 
 
@@ -284,10 +287,7 @@ class WashCard:
     def _metric_names(self) -> list[str]:
         """The metrics of the soup, without the prefix; accuracy first and the loss last."""
         names = [key.removeprefix("eval_") for key in self.metrics if key.startswith("eval_")]
-        not_of_the_soup = re.compile(r"(ensemble|members?(_\d+)?)_")
-        names = [
-            name for name in names if name not in (*_SPEED, "consensus_distance") and not not_of_the_soup.match(name)
-        ]
+        names = [name for name in names if not _NO_SCORE.match(name)]
         names.sort(key=lambda name: (name != "accuracy", name == "loss"))
         if len(names) > _MAX_COLUMNS and "loss" in names:
             names = [*names[: _MAX_COLUMNS - 1], "loss"]
@@ -337,37 +337,31 @@ class WashCard:
             return []
         size, seed, overrides = population.get("size", 1), training.get("seed"), population.get("overrides", [])
         many, wash, shard = size > 1, self.method == "wash", population.get("member_data") == "shard"
-        opt = " with optimizer state" if mixing.get("shuffle_optimizer_state") else ""
+        start = "the same weights" if population.get("same_init", True) else "different weights"
+        method = mixing.get("method")
+        if wash:
+            method = "WASH with optimizer state" if mixing.get("shuffle_optimizer_state") else "WASH"
         samples = self.record.get("data", {}).get("train_samples")
         steps, epochs, batch = (training.get(name) for name in ("steps", "epochs", "batch_size"))
         accumulated = training.get("gradient_accumulation_steps") or 1
-        data = [
-            self.data_names,
-            samples and f"{samples:,} training samples",
-            many and shard and "each member a part of its own",
-        ]
+        times = f" ({(batch or 0) // accumulated} × {accumulated} accumulated)" if accumulated > 1 else ""
+        own = "each member a part of its own" if many and shard else None
+        data = [self.data_names, samples and f"{samples:,} training samples", own]
         seeds = [f"{seed} to {seed + size - 1}, one for each member" if many else seed] if seed is not None else []
         if seeds and training.get("data_seed") is not None:
             seeds.append(f"data from {training['data_seed']}")
         rows = [
             ("population", f"{size} member{'s' if many else ''}"),
-            (
-                "members start from",
-                many and f"{'the same' if population.get('same_init', True) else 'different'} weights",
-            ),
-            ("mixing", many and (f"WASH{opt}" if wash else mixing.get("method"))),
+            ("members start from", many and start),
+            ("mixing", many and method),
             ("probability p", many and wash and (wording.plain(mixing.get("shuffle_probability")) or "not recorded")),
             ("schedule over depth", many and wash and mixing.get("shuffle_schedule")),
             ("shuffled", many and wash and wording.when_shuffled(mixing)),
             ("seeds", "; ".join(map(str, seeds))),
             ("data", ", ".join(filter(None, data))),
-            *((f"member {index} differs", wording.differences(own)) for index, own in enumerate(overrides)),
+            *((f"member {index} differs", wording.differences(each)) for index, each in enumerate(overrides)),
             ("length", steps and f"{steps:,} optimizer steps" + (f", {epochs:g} epochs" if epochs else "")),
-            (
-                "batch size of a member",
-                batch
-                and str(batch) + (f" ({batch // accumulated} × {accumulated} accumulated)" if accumulated > 1 else ""),
-            ),
+            ("batch size of a member", batch and f"{batch}{times}"),
             ("optimizer", training.get("optimizer")),
             ("learning rate", wording.learning_rate(training)),
             ("weight decay", wording.plain(training.get("weight_decay"))),

@@ -40,7 +40,10 @@ PAPA_INTERVAL = 10
 
 # Metrics that the Hub knows by these names and shows as such.
 _HUB_METRICS = ("accuracy", "f1", "precision", "recall", "roc_auc")
-_SPEED = ("runtime", "samples", "samples_per_second", "steps_per_second", "jit_compilation_time")
+# What an evaluation reports that is no score of the soup.
+_NO_SCORE = re.compile(
+    r"(ensemble|members?(_\d+)?)_|(runtime|samples|(samples|steps)_per_second|jit_compilation_time|consensus_distance)$"
+)
 _MAX_COLUMNS = 6
 
 
@@ -65,8 +68,7 @@ class WashCard:
         pictures (`dict[str, str]`, *optional*):
             Captions and paths.
         has_members, has_processor, has_tokenizer (`bool`, *optional*, defaults to `False`):
-            Whether the members lie beside the soup, so that the ensemble can be loaded; whether the folder says how
-            images, and how texts are prepared.
+            Whether the members lie beside the soup, and whether the folder says how images, and texts, are prepared.
         values (`int`, *optional*):
             Number of values in the weight files.
         adapter_base (`str`, *optional*):
@@ -119,12 +121,12 @@ class WashCard:
         pictures: bool = True,
     ) -> "WashCard":
         """
-        Fill a card from a run's folder: `config.json`, `wash_run.json`, `all_results.json` and `trainer_state.json`,
-        as far as they are there. Draws the pictures into it.
+        Fill a card from a run's folder, or what `hf-wash soup` wrote: from `config.json`, `wash_run.json`,
+        `all_results.json` and `trainer_state.json`, as far as they are there. Draws the pictures into it.
 
         Args:
             folder (`str` or `Path`):
-                The run's `output_dir`, or what `hf-wash soup` wrote.
+                The folder.
             repo_id, revision (`str`, *optional*):
                 Where it will be on the Hub.
             members (`bool`, *optional*):
@@ -273,22 +275,8 @@ class WashCard:
         return self.record.get("population", {}).get("size") or evaluated or None
 
     @property
-    def version(self) -> str:
-        return self.record.get("versions", {}).get("hf_wash") or __version__
-
-    @property
     def data_names(self) -> str:
         return ", ".join(wording.cell(name) for name in self.dataset_names or self._dataset_ids)
-
-    @property
-    def eval_samples(self) -> float | None:
-        return self.metrics.get("eval_samples") or self.record.get("data", {}).get("eval_samples")
-
-    @property
-    def points_lost(self) -> float:
-        """By how many points of accuracy averaging has gone wrong; 0 where it has not, or it is not known."""
-        soup, members = self.metrics.get("eval_accuracy"), self.metrics.get("eval_members_accuracy_mean")
-        return 0 if soup is None or members is None or soup > members - 0.02 else 100 * (members - soup)
 
     @property
     def needs_local_backbone(self) -> bool:
@@ -299,10 +287,7 @@ class WashCard:
     def _metric_names(self) -> list[str]:
         """The metrics of the soup, without the prefix; accuracy first and the loss last."""
         names = [key.removeprefix("eval_") for key in self.metrics if key.startswith("eval_")]
-        not_of_the_soup = re.compile(r"(ensemble|members?(_\d+)?)_")
-        names = [
-            name for name in names if name not in (*_SPEED, "consensus_distance") and not not_of_the_soup.match(name)
-        ]
+        names = [name for name in names if not _NO_SCORE.match(name)]
         names.sort(key=lambda name: (name != "accuracy", name == "loss"))
         if len(names) > _MAX_COLUMNS and "loss" in names:
             names = [*names[: _MAX_COLUMNS - 1], "loss"]
@@ -350,54 +335,44 @@ class WashCard:
         population, mixing, training = (self.record.get(part, {}) for part in ("population", "mixing", "training"))
         if not population:
             return []
-        size, seed = population.get("size", 1), training.get("seed")
-        rows: list[tuple[str, Any]] = [("population", f"{size} member{'s' if size > 1 else ''}")]
-        if size > 1:
-            start = "the same weights" if population.get("same_init", True) else "different weights"
-            rows += [("members start from", start), ("mixing", mixing.get("method"))]
-            if self.method == "wash":
-                rows[-1] = (
-                    "mixing",
-                    f"WASH{' with optimizer state' if mixing.get('shuffle_optimizer_state') else ''}",
-                )
-                rows += [
-                    ("probability p", wording.plain(mixing.get("shuffle_probability")) or "not recorded"),
-                    ("schedule over depth", mixing.get("shuffle_schedule")),
-                    ("shuffled", wording.when_shuffled(mixing)),
-                ]
-        if seed is not None:
-            seeds = f"{seed} to {seed + size - 1}, one for each member" if size > 1 else f"{seed}"
-            data_seed = training.get("data_seed")
-            rows.append(("seeds", seeds if data_seed is None else f"{seeds}; data from {data_seed}"))
+        size, seed, overrides = population.get("size", 1), training.get("seed"), population.get("overrides", [])
+        many, wash, shard = size > 1, self.method == "wash", population.get("member_data") == "shard"
+        start = "the same weights" if population.get("same_init", True) else "different weights"
+        method = mixing.get("method")
+        if wash:
+            method = "WASH with optimizer state" if mixing.get("shuffle_optimizer_state") else "WASH"
         samples = self.record.get("data", {}).get("train_samples")
-        shard = size > 1 and population.get("member_data") == "shard"
-        data = [
-            self.data_names,
-            f"{samples:,} training samples" if samples else "",
-            "each member a part of its own" if shard else "",
-        ]
-        rows.append(("data", ", ".join(filter(None, data))))
-        for index, override in enumerate(population.get("overrides", [])):
-            rows.append((f"member {index} differs", wording.differences(override)))
-        steps, epochs = training.get("steps"), training.get("epochs")
-        if steps:
-            rows.append(("length", f"{steps:,} optimizer steps" + (f", {epochs:g} epochs" if epochs else "")))
-        batch, accumulation = training.get("batch_size"), training.get("gradient_accumulation_steps") or 1
-        if batch:
-            times = f" ({batch // accumulation} × {accumulation} accumulated)" if accumulation > 1 else ""
-            rows.append(("batch size of a member", f"{batch}{times}"))
-        rows += [
+        steps, epochs, batch = (training.get(name) for name in ("steps", "epochs", "batch_size"))
+        accumulated = training.get("gradient_accumulation_steps") or 1
+        times = f" ({(batch or 0) // accumulated} × {accumulated} accumulated)" if accumulated > 1 else ""
+        own = "each member a part of its own" if many and shard else None
+        data = [self.data_names, samples and f"{samples:,} training samples", own]
+        seeds = [f"{seed} to {seed + size - 1}, one for each member" if many else seed] if seed is not None else []
+        if seeds and training.get("data_seed") is not None:
+            seeds.append(f"data from {training['data_seed']}")
+        rows = [
+            ("population", f"{size} member{'s' if many else ''}"),
+            ("members start from", many and start),
+            ("mixing", many and method),
+            ("probability p", many and wash and (wording.plain(mixing.get("shuffle_probability")) or "not recorded")),
+            ("schedule over depth", many and wash and mixing.get("shuffle_schedule")),
+            ("shuffled", many and wash and wording.when_shuffled(mixing)),
+            ("seeds", "; ".join(map(str, seeds))),
+            ("data", ", ".join(filter(None, data))),
+            *((f"member {index} differs", wording.differences(each)) for index, each in enumerate(overrides)),
+            ("length", steps and f"{steps:,} optimizer steps" + (f", {epochs:g} epochs" if epochs else "")),
+            ("batch size of a member", batch and f"{batch}{times}"),
             ("optimizer", training.get("optimizer")),
             ("learning rate", wording.learning_rate(training)),
             ("weight decay", wording.plain(training.get("weight_decay"))),
             ("label smoothing", wording.plain(training.get("label_smoothing_factor") or None)),
             ("gradient norm clipped at", wording.plain(training.get("max_grad_norm") or None)),
             ("precision", training.get("precision")),
-            ("soup", wording.soup_method(self.soup) if size > 1 else None),
+            ("soup", many and wording.soup_method(self.soup)),
             ("hardware", self.record.get("hardware", {}).get("text")),
             ("versions", ", ".join(f"{name} {v}" for name, v in self.record.get("versions", {}).items())),
         ]
-        return [(name, wording.cell(str(value))) for name, value in rows if value not in (None, "")]
+        return [(name, wording.cell(str(value))) for name, value in rows if value]
 
     def exchange(self) -> list[list[str]]:
         """Bytes sent in the whole run: by this one, and by DDP and PAPA had they trained the same."""
@@ -432,6 +407,7 @@ class WashCard:
             rows=rows,
             wording=wording,
             papa_interval=PAPA_INTERVAL,
+            version=__version__,
             record_file=RUN_RECORD,
         )
         return re.sub(r"\n{3,}", "\n\n", card.text).strip() + "\n"

@@ -88,7 +88,9 @@ def push_folder(
     # A folder that was trained into before may hold members of a larger population, too.
     size = read_record(folder).get("population", {}).get("size")
     beside = member_files(folder, size) if members else {}
-    failing = functools.partial(failing_clearly, folder, repo_id, members=members, private=private, revision=revision)
+    command = ["hf-wash", "push", str(folder), repo_id, *["--members"] * members, *["--private"] * bool(private)]
+    command += [] if revision is None else ["--revision", revision]
+    failing = functools.partial(_failing_clearly, f"Pushing {folder} to {repo_id} failed", shlex.join(command))
     with failing():
         repo_id = create_repository(repo_id, private=private, revision=revision, token=token)
     if prepare is not None:
@@ -117,23 +119,13 @@ def _in_background(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 @contextmanager
-def failing_clearly(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    members: bool = False,
-    private: bool | None = None,
-    revision: str | None = None,
-) -> Iterator[None]:
-    """Turns whatever goes wrong in a block into a [`PushError`] that says how to push `folder` later."""
-    command = ["hf-wash", "push", str(folder), repo_id, *["--members"] * members, *["--private"] * bool(private)]
-    command += [] if revision is None else ["--revision", revision]
+def _failing_clearly(what: str, command: str) -> Iterator[None]:
+    """Turns whatever goes wrong in a block into a [`PushError`] with the command that does it later."""
     try:
         yield
     except Exception as error:  # whatever it was, the user must hear that nothing is lost and what to do
         raise PushError(
-            f"Pushing {folder} to {repo_id} failed: {explain(error)} Nothing in the folder is lost; push it later with "
-            f"`{shlex.join(command)}`."
+            f"{what}: {explain(error)} Nothing in the folder is lost; push it later with `{command}`."
         ) from error
 
 
@@ -145,16 +137,8 @@ def root_files(folder: Path) -> dict[str, Path]:
 
 def member_files(folder: Path, count: int | None = None) -> dict[str, Path]:
     """
-    The files of a run's members, by their path in the repository.
-
-    Args:
-        folder (`Path`):
-            The folder of the run.
-        count (`int`, *optional*):
-            How many members there must be. All that are there if not given.
-
-    Raises:
-        ValueError: if there are none, or one is missing.
+    The files of a run's members, by their path in the repository. A `ValueError` if there are none, or one is missing
+    of the `count` that there must be (as many as there are, if not given).
     """
     local = folder / LOCAL_MEMBERS
     if not local.is_dir() and (folder / PUSHED_MEMBERS).is_dir():

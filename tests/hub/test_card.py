@@ -230,7 +230,7 @@ def test_the_code_in_the_card_runs_as_it_stands(run, request):
 TEXT_MODELS = {
     "text-generation": ("GPT2LMHeadModel", "AutoModelForCausalLM", 2, "a language model"),
     "question-answering": ("BertForQuestionAnswering", "AutoModelForQuestionAnswering", 1, "finds answers in a text"),
-    "token-classification": ("BertForTokenClassification", "AutoModelForTokenClassification", 2, "a token classifier"),
+    "token-classification": ("BertForTokenClassification", "AutoModelForTokenClassification", 3, "a token classifier"),
     "text2text-generation": ("T5ForConditionalGeneration", "AutoModelForSeq2SeqLM", 1, "sequence-to-sequence"),
     "feature-extraction": ("BertModel", "AutoModel", 1, "an encoder"),
 }
@@ -274,13 +274,16 @@ def test_a_model_of_text_is_said_to_be_one_and_its_code_runs(tmp_path, monkeypat
     names = ["input_ids", "attention_mask"]
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **special)
     tokenizer.save_pretrained(tmp_path)
+    if tag == "token-classification":
+        for index in range(2):
+            model_class.from_pretrained(tmp_path).save_pretrained(tmp_path / "_members" / f"member_{index}")
 
     card = WashCard.from_folder(tmp_path)
     assert card.metadata()["pipeline_tag"] == tag
     text = card.render()
     assert kind in text and "image" not in text
     snippets = code_in(text)
-    assert len(snippets) == count and f"import {loader}, AutoTokenizer" in snippets[-1]
+    assert len(snippets) == count and f"import {loader}, AutoTokenizer" in "".join(snippets)
     monkeypatch.chdir(tmp_path)
     for code in snippets:
         exec(code, {})

@@ -587,6 +587,8 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return  # not every Trainer asks by itself (sentence-transformers 6.2)
         with writing_here(unwrap_model(self.model)):
             super()._save(output_dir, state_dict)
 

@@ -148,7 +148,8 @@ def _names(models: list[str]) -> list[str]:
 
 def _check_descriptions(models: list[str], folders: list[Path]) -> None:
     """Weights of the same shapes can mean different things: compare what the models say of themselves."""
-    from ..hub.loading import ADAPTER_CONFIG, read_json
+    from ..hub.loading import ADAPTER_CONFIG
+    from ..hub.record import read_json
 
     def of(folder: Path) -> dict[str, Any]:
         adapter, complete = folder / ADAPTER_CONFIG, folder / "config.json"
@@ -178,7 +179,8 @@ def _check_descriptions(models: list[str], folders: list[Path]) -> None:
 
 def _check_tokenizers(models: list[str], folders: list[Path]) -> None:
     """Equal rows of two embeddings have to stand for equal words."""
-    from ..hub.loading import TOKENIZER_FILES, read_json
+    from ..hub.loading import TOKENIZER_FILES
+    from ..hub.record import read_json
 
     def words(file: Path) -> Any:
         if file.name != "tokenizer.json":
@@ -202,7 +204,8 @@ def _check_classifies_images(model: str, folder: Path) -> None:
     import transformers
 
     from ..hub.kinds import image_classifier_names
-    from ..hub.loading import BACKBONE_CONFIG, read_json
+    from ..hub.loading import BACKBONE_CONFIG
+    from ..hub.record import read_json
 
     file = next((folder / name for name in ("config.json", BACKBONE_CONFIG) if (folder / name).is_file()), None)
     # timm's models are all of this kind; an adapter that does not know its backbone, or a class that transformers does
@@ -238,7 +241,8 @@ def _check_loads(folder: Path) -> None:
     """Load what was written the way a user will."""
     import transformers
 
-    from ..hub.loading import ADAPTER_CONFIG, load_model, read_json
+    from ..hub.loading import ADAPTER_CONFIG, load_model
+    from ..hub.record import read_json
 
     if (folder / ADAPTER_CONFIG).is_file():
         load_model(folder)

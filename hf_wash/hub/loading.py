@@ -3,7 +3,6 @@
 Writing them is `export.py`'s work.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..soup.weights import find_weight_files
+from .record import read_json
 
 
 # Kept by an export of an adapter beside it: the backbone as the adapter was trained on it, with its head and classes.
@@ -164,17 +164,6 @@ def find_folder(
             f"{reason.strip()}"
         ) from error
     return Path(path)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file's object; a `ValueError` that names the file if it is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__} where a JSON object is expected.")
-    return content
 
 
 def _load_complete(folder: Path, config: Any = None, class_name: str | None = None) -> nn.Module:

@@ -6,7 +6,7 @@ from typing import Any
 
 from .isolation import quiet
 from .kinds import class_names_of, is_timm_processor, wrapped_timm
-from .loading import read_json
+from .record import read_json
 
 
 # `PIL.Image.Resampling` by number, as transformers writes it, to the names that timm uses.

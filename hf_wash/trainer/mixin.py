@@ -109,6 +109,8 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
     ```
     """
 
+    optimizer: Any
+
     # Ways of computing a loss that leave it to the model.
     _losses_of_models: tuple = (Trainer.compute_loss,)
 
@@ -155,10 +157,10 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         self._place_members()
 
     def _arguments_by_name(self, args: tuple, kwargs: dict) -> dict[str, Any]:
-        parameters = inspect.signature(super().__init__).parameters
+        parameters = dict(inspect.signature(super().__init__).parameters)
         if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
-            parameters = inspect.signature(Trainer.__init__).parameters
-            parameters = {name: p for name, p in parameters.items() if name != "self"}
+            parameters = dict(inspect.signature(Trainer.__init__).parameters)
+            del parameters["self"]
         return {**dict(zip(parameters, args, strict=False)), **kwargs}
 
     def hyperparameter_search(self, *args, **kwargs):
@@ -183,7 +185,7 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
 
     def _members_loader(self) -> MembersLoader:
         """In the place of `get_train_dataloader`, once: each member's own loader, made as the Trainer makes it."""
-        del self.get_train_dataloader
+        del self.__dict__["get_train_dataloader"]
         loaders = []
         for member in self.members:
             with self.population.streams.use(member.index), as_member(self, member, training=True):
@@ -228,7 +230,8 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         self._check_labels()
 
     def _makes_its_own_loader(self) -> bool:
-        return type(self).get_train_dataloader is not Trainer.get_train_dataloader
+        own: Any = type(self)
+        return own.get_train_dataloader is not Trainer.get_train_dataloader
 
     def _check_labels(self) -> None:
         """Find out before training that there are no labels, where the loss is the model's own and needs them."""
@@ -296,7 +299,7 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
                 **kwargs,
             )
         finally:
-            vars(self).pop("get_train_dataloader", None)
+            self.__dict__.pop("get_train_dataloader", None)
             if self.mixing is not None:
                 self.mixing.release()
             self.population.streams.activate(None)
@@ -343,7 +346,7 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         # Where a run is written and reported may differ between machines; what is computed may not.
         local = ("output_dir", "logging_dir", "local_rank", "run_name", "report_to", "hub_token", "disable_tqdm")
         options = {name: str(value) for name, value in self.args.to_dict().items() if name not in local}
-        facts = {f"option {name}": value for name, value in options.items()}
+        facts: dict[str, Any] = {f"option {name}": value for name, value in options.items()}
         facts["steps per epoch"], facts["steps"] = steps_per_epoch, self._total_steps
         facts["architecture"] = describe_architecture(self.population.wholes[0])
         facts["overrides"] = [overrides.describe() for overrides in self._overrides]
@@ -423,7 +426,7 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
             self.mixing.mix(self.state.global_step + 1)
             return result
 
-        step_and_mix.mixes = True
+        vars(step_and_mix)["mixes"] = True
         self.optimizer.step = step_and_mix
         loader = self._batches.as_dataloader()
         self.callback_handler.train_dataloader = loader

@@ -227,7 +227,7 @@ class Checkpointing(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
         frozen = folder / checkpoints.FROZEN
-        self.members  # noqa: B018
+        _ = self.members  # made here, if they are not there yet
         for index, whole in zip(self.population.indices, self.population.wholes, strict=True):
             checkpoints.read_weights(whole, folder / f"member_{index}" / checkpoints.MEMBER_WEIGHTS)
             if frozen.is_file():

@@ -277,7 +277,7 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
             ValueError: for data that cannot be trained on, and for a checkpoint that is damaged or belongs to another
                 population.
         """
-        self.members  # noqa: B018 # made here, while the Trainer's model is still the first member
+        _ = self.members  # made here, while the Trainer's model is still the first member
         self._bring_members_up_to_date()
         self._check_data()
         self._check_export_folder()
@@ -305,7 +305,7 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
             self.population.streams.activate(None)
 
     def _inner_training_loop(self, *args, **kwargs):
-        self.members  # noqa: B018 # `model_init` may have made new ones
+        _ = self.members  # `model_init` may have made new ones
         self._bring_members_up_to_date()
         for member in self.population.members[1:]:
             self._enable_activation_checkpointing(member)  # Trainer has enabled it on the model it knows

@@ -60,7 +60,7 @@ class Serving(Trainer):
     def _build_soup(self) -> Member:
         if self.mixing is not None:
             self.mixing.synchronize()
-        self.members  # noqa: B018 # made while the Trainer's model is still the first member
+        _ = self.members  # made while the Trainer's model is still the first member
         key = (self._trainings, self.state.global_step) if self.is_in_train else None
         with self.population.streams.use(None):
             return self.soup.build(

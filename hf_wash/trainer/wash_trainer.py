@@ -110,7 +110,12 @@ class WashTrainer(PopulationMixin, Trainer):
             return
         folder = output_dir if output_dir is not None else self.args.output_dir
         if self.args.should_save:
-            export_model(model, folder, processing_class=self.processing_class, state_dict=state_dict, check=False)
+            try:
+                export_model(model, folder, processing_class=self.processing_class, state_dict=state_dict, check=False)
+            except ValueError as problem:  # before anything was written; a checkpoint is worth more than its loaders
+                logger.warning(f"`{folder}` is saved as the Trainer saves it, for transformers alone: {problem}")
+                super()._save(output_dir, state_dict)
+                return
             torch.save(self.args, os.path.join(folder, "training_args.bin"))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

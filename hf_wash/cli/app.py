@@ -14,7 +14,11 @@ from .card import card
 from .inspect import inspect
 from .push import push
 from .soup import soup
+from .terminal import Remarks, note
 
+
+# Letters of a message; a name can have more.
+_LONGEST = 2000
 
 app = typer.Typer(
     name="hf-wash",
@@ -31,7 +35,7 @@ for _command in (soup, push, card, inspect):
 def main(arguments: list[str] | None = None) -> None:
     """The entry point of `hf-wash`."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    logging.basicConfig(format="hf-wash: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, handlers=[Remarks()])
     try:
         code = app(arguments or ["--help"], standalone_mode=False)
     except KeyboardInterrupt:
@@ -39,11 +43,11 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own, about the words of the command
             reason = error.format_message()
-        elif isinstance(error, (ValueError, OSError, RuntimeError)):
+        elif isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
             reason = str(error) or type(error).__name__
         else:
             raise
-        print(f"hf-wash: error: {' '.join(reason.split())}", file=sys.stderr)
+        note(f"error: {reason if len(reason) <= _LONGEST else reason[: _LONGEST - 1] + '…'}")
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -51,7 +51,7 @@ def merge_card(existing: str | None, metadata: Mapping[str, Any], body: str) -> 
         return text, [f"it is left as it is, since the mark `{_END}` that ended its generated part is gone."]
     try:
         ours = json.loads(begin.group(1)) if begin else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         ours = {}
 
     problem = _front_matter_problem(text)
@@ -86,7 +86,7 @@ def _front_matter_problem(text: str) -> str | None:
         return "its front matter begins with `---` and never ends." if _OPENED.match(text) else None
     try:
         content = yaml.safe_load(match.group(2))
-    except yaml.YAMLError as error:
+    except Exception as error:  # an impossible date, a list in a list in a list: not all are YAML's own
         mark = getattr(error, "problem_mark", None)
         # The line in the file: the first one is `---`.
         line = f" in line {mark.line + 1 + match.group(1).count(chr(10))}" if mark is not None else ""

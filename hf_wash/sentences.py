@@ -1,6 +1,12 @@
 """Values and other libraries' errors as they can stand in a sentence, and sentences as a terminal can show them."""
 
+import re
 from typing import Any
+
+
+# Those of the terminal, ends of lines that `\n` is not, what turns the direction of writing, and bytes of a file's name
+# that were no UTF-8.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def shortened(value: Any) -> str:
@@ -16,8 +22,14 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """A text that a terminal shows and does not obey: what is not printable is spelt out, but for ends of lines."""
-    return "".join(
-        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
+    """A text that a terminal or a page shows and does not obey: control characters but for ends of lines are spelt out."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def all_printable(value: Any) -> Any:
+    """The same of every text in a value of JSON."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {all_printable(name): all_printable(each) for name, each in value.items()}
+    return [all_printable(each) for each in value] if isinstance(value, list) else value

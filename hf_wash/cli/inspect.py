@@ -41,7 +41,9 @@ def inspect(
         members = [path for path in (folder / place).glob("member_*") if path.is_dir()]
         if members:
             held = True
-            size = sum(path.stat().st_size for member in members for path in member.glob("*.safetensors") if is_file(path))
+            size = sum(
+                path.stat().st_size for member in members for path in member.glob("*.safetensors") if is_file(path)
+            )
             say(f"  {place}/: {len(members)} members, {size / 1e6:,.1f} MB of weights")
     damaged = []
     steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if path.is_dir()}

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
 from ..files import is_file, write_whole
+from ..sentences import all_printable, printable
 from . import wording
 from .card_merge import CARD, has_title, merge_card, own_text
 from .record import (
@@ -166,8 +167,9 @@ class WashCard:
         if members is None:
             members = any((folder / place / "member_0").is_dir() for place in (LOCAL_MEMBERS, PUSHED_MEMBERS))
         options = record.get("card", {})
+        name = options.get("model_name") or (repo_id.split("/")[-1] if repo_id else folder.resolve().name)
         card = cls(
-            model_name=options.get("model_name") or (repo_id.split("/")[-1] if repo_id else folder.resolve().name),
+            model_name=" ".join(name.split()),
             library=library,
             repo_id=repo_id,
             revision=None if revision == "main" else revision,
@@ -198,7 +200,7 @@ class WashCard:
 
     def metadata(self) -> dict[str, Any]:
         """The card's front matter, as the Hub reads it."""
-        return self._card_data().to_dict()
+        return all_printable(self._card_data().to_dict())
 
     def _card_data(self) -> ModelCardData:
         base, relation = hub_ids(self.base_model), "adapter" if self.library == "peft" else "finetune"
@@ -280,6 +282,15 @@ class WashCard:
     @property
     def data_names(self) -> str:
         return ", ".join(wording.cell(name) for name in self.dataset_names or self._dataset_ids)
+
+    @property
+    def image_sides(self) -> tuple[int, int]:
+        """Height and width of images that the model takes; 64 where it does not say."""
+        size = self.config.get("image_size")
+        sides = list(size.values()) if isinstance(size, Mapping) else as_list(size)
+        if not sides or not all(isinstance(side, int) for side in sides):
+            sides = [64]
+        return sides[0], sides[-1]
 
     @property
     def needs_local_backbone(self) -> bool:
@@ -414,7 +425,7 @@ class WashCard:
             version=__version__,
             record_file=RUN_RECORD,
         )
-        return re.sub(r"\n{3,}", "\n\n", card.text).strip() + "\n"
+        return re.sub(r"\n{3,}", "\n\n", printable(card.text)).strip() + "\n"
 
     def write(self, folder: str | Path) -> list[str]:
         """

@@ -263,7 +263,9 @@ def adapter_config_of(folder: Path) -> Any:
     try:
         return PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # of any kind, as the fields of configurations are
-        raise ValueError(f"{folder / ADAPTER_CONFIG} is no configuration that PEFT takes: {first_line(error)}") from error
+        raise ValueError(
+            f"{folder / ADAPTER_CONFIG} is no configuration that PEFT takes: {first_line(error)}"
+        ) from error
 
 
 def _load_adapter(folder: Path, base_model: nn.Module | str | Path | None, token: str | bool | None) -> nn.Module:

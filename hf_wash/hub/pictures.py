@@ -100,7 +100,11 @@ def _consensus(axes: Any, log_history: Sequence[Mapping], *_: Any) -> str | None
 
 def _points(log_history: Sequence[Mapping[str, Any]], key: str, scale: float = 1) -> tuple[list, list]:
     # The last entry of a step counts: the final evaluation may repeat one made while training.
-    values = {entry["step"]: entry[key] for entry in log_history if is_number(entry.get(key)) and is_number(entry.get("step"))}
+    values = {
+        entry["step"]: entry[key]
+        for entry in log_history
+        if is_number(entry.get(key)) and is_number(entry.get("step"))
+    }
     return list(values), [value * scale for value in values.values()]
 
 

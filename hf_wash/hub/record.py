@@ -21,6 +21,7 @@ RUN_RECORD = "wash_run.json"
 RECORD_FORMAT = 1
 # Where the members are: in the folder of a run, whose uploads leave out what begins with `_`, and in a repository.
 LOCAL_MEMBERS, PUSHED_MEMBERS = "_members", "members"
+_TOO_LARGE = 2**1023
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -31,7 +32,8 @@ _RECORD = {
     "model": {"class": str, **dict.fromkeys(("parameters", "trainable_parameters", "trainable_bytes"), int)},
     "population": {"size": int, "member_data": str, "overrides": [{}]},
     "mixing": {
-        "method": str, "shuffle_schedule": str,
+        "method": str,
+        "shuffle_schedule": str,
         **dict.fromkeys(("shuffle_probability", "shuffle_interval", "shuffle_start", "shuffle_stop"), _NUMBER),
     },
     "exchange": {"bytes_exchanged": int, "values_moved": int},
@@ -52,7 +54,11 @@ _RECORD = {
 }
 _CONFIG = {
     **dict.fromkeys(("architecture", "model_type", "global_pool"), str),
-    "architectures": [str], "label_names": [str], "id2label": {}, "pretrained_cfg": {}, "model_args": {},
+    "architectures": [str],
+    "label_names": [str],
+    "id2label": {},
+    "pretrained_cfg": {},
+    "model_args": {},
 }
 _ADAPTER_CONFIG = {"peft_type": str, "task_type": str, "base_model_name_or_path": str, "auto_mapping": {}}
 _STATE = {"log_history": [{}]}
@@ -136,7 +142,7 @@ def _misshapen(value: Any, shape: Any, name: str = "") -> Iterator[tuple[str, An
                 yield from _misshapen(value.get(key), inner, f"{name}.{key}".lstrip("."))
         elif value is not None:
             yield name, value
-    elif value is not None and (not isinstance(value, shape) or isinstance(value, bool)):
+    elif value is not None and (not isinstance(value, shape) or (shape is not str and not is_number(value))):
         yield name, value
 
 
@@ -200,5 +206,6 @@ def hub_ids(names: Any) -> list[str]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value of JSON is a number; a whole one that no float can hold is none."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < _TOO_LARGE
+    return whole or isinstance(value, float)

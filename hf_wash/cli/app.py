@@ -1,15 +1,18 @@
 """
 The commands put together, and what their words and messages are.
 
-A user's mistake is one line on stderr and exit code 2.
+A user's mistake is one line on stderr and exit code 2; a mistake of ours is one line and exit code 1.
 """
 
 import logging
 import sys
+import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..sentences import first_line
 from .card import card
 from .inspect import inspect
 from .push import push
@@ -46,10 +49,20 @@ def main(arguments: list[str] | None = None) -> None:
         elif isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
             reason = str(error) or type(error).__name__
         else:
-            raise
+            note(f"error: {first_line(error)} ({_place_of(error)}). That is a defect of hf-wash: please report it.")
+            sys.exit(1)
         note(f"error: {reason if len(reason) <= _LONGEST else reason[: _LONGEST - 1] + '…'}")
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _place_of(error: Exception) -> str:
+    """Where in this package something was not thought of."""
+    package = Path(__file__).parents[1]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if Path(frame.filename).is_relative_to(package):
+            return f"{Path(frame.filename).relative_to(package).as_posix()}, line {frame.lineno}"
+    return "nowhere in it"
 
 
 def _version(wanted: bool) -> None:

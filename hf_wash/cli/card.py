@@ -20,7 +20,12 @@ def card(
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
 
+    from huggingface_hub.utils import validate_repo_id
+
     from ..hub.card import write_card
+
+    if repo is not None:
+        validate_repo_id(repo)
 
     write_card(folder, repo_id=repo)
     say(f"Wrote {folder / 'README.md'}.")

@@ -66,7 +66,8 @@ def _checkpoint_line(folder: Path, manifest: dict[str, Any]) -> str:
     files = manifest["files"]
     size = sum(record["size"] for record in files.values())
     resumable = any(name.endswith("optimizer.pt") for name in files)
-    method = manifest.get("options", {}).get("mixing", "")
+    options = manifest.get("options")
+    method = options.get("mixing", "") if isinstance(options, dict) else ""
     total = f" of {manifest['total_steps']}" if manifest.get("total_steps") else ""
     return (
         f"{folder.name}: step {manifest['step']}{total}, {manifest['population_size']} members, {method}, seed "

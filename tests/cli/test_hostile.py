@@ -369,6 +369,9 @@ REFUSED = [
     ("picture is a fifo", "card {run}", fifo("run", "pictures", "accuracy.png"), ["accuracy.png"]),
     ("push a size of 10^9", "push {run} user/run --members", fields("run", "wash_run.json", population={"size": 10**9}), ["member_2"]),
     ("push a member that is a fifo", "push {run} user/run --members", fifo("run", "_members", "member_0", "model.safetensors"), ["model.safetensors"]),
+    ("card for escapes", ["card", "{run}", "--repo", ESCAPES], None, ["\\x1b[31mred"]),
+    ("card for a path", ["card", "{run}", "--repo", "../../etc"], None, ["../../etc"]),
+    ("card for code", ["card", "{run}", "--repo", 'a/b"); import os'], None, ["import os"]),
     ("push nothing", ["push", "{run}", ""], None, ["repository"]),
     ("push to a path", ["push", "{run}", "../../etc"], None, ["../../etc"]),
     ("push to escapes", ["push", "{run}", ESCAPES], None, ["\\x1b[31mred"]),
@@ -486,6 +489,7 @@ RIGHT = [
     ("unknown fields", SOUP, both(fields, "config.json", **{ESCAPES: ESCAPES, "x": [{"y": None}]}), ["2 models"]),
     ("what does not change the model", SOUP, fields("b", "config.json", hidden_dropout_prob=0.3, transformers_version="4.0", _name_or_path=ESCAPES, initializer_range=0.5, problem_type="single_label_classification"), ["2 models"]),
     ("defaults left out", SOUP, fields("b", "config.json", hidden_act="gelu", qkv_bias=True), ["2 models"]),
+    ("links to all folders above", SOUP_EVAL, each(link("../..", "photos", "blue", "up"), link("../..", "photos", "red", "up")), ["2 models"]),
     ("a fifo that nobody asks for", SOUP, fifo("a", "events.out"), ["2 models"]),
     ("code of its own for what is known", SOUP, both(fields, "config.json", auto_map={"AutoConfig": "x.C", "AutoModelForImageClassification": "x.M"}), ["2 models"]),
     ("twice the same", "soup {a} {a} --out {out}", None, ["2 models"]),
@@ -599,3 +603,21 @@ def test_a_folder_that_is_not_there_is_told_at_once(command, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *command.split()], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (2, "[]"), done.stderr
     assert done.stderr == "hf-wash: error: There is no folder nowhere.\n"
+
+
+def test_a_defect_of_ours_is_one_line_too_and_says_where_it_is(place, monkeypatch, capfd):
+    from hf_wash.hub import card
+
+    monkeypatch.setattr(card, "count_values", lambda folder: {}["no such\x1b[31m"])
+    assert run_command("card {a}", place) == 1
+    err = capfd.readouterr().err
+    assert len(err.splitlines()) == 1 and is_clean(err)
+    assert "KeyError" in err and "hub/card.py, line " in err
+
+
+def test_a_terminal_that_knows_few_letters_gets_all_the_same(place):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    fields("run", "wash_run.json", hardware={"text": "größer ×2"})(place)
+    command = [sys.executable, "-m", "hf_wash.cli", "inspect", str(place / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "") and r"gr\xf6\xdfer \xd72" in done.stdout

@@ -12,9 +12,9 @@ from ..sentences import shortened
 # What of a configuration says how a model was trained, saved or is to be run, and not what its weights compute.
 _NOT_THE_MODEL = re.compile(
     r"_.*|.*drop.*|(torch_)?dtype|transformers_version|architectures|model_type|id2label|label2id|num_labels|label_names"
-    r"|use_cache|output_.*|return_dict|gradient_checkpointing|initializer_.*|init_.*|.*_init|layer_scale_init_value"
+    r"|use_cache|output_(attentions|hidden_states)|return_dict|gradient_checkpointing|initializer_.*|init_.*|.*_init|layer_scale_init_value"
     r"|problem_type|finetuning_task|task_specific_params|auto_map|.*loss.*|mask_(time|feature)_.*|apply_spec_augment"
-    r"|chunk_size_feed_forward|attn_implementation|tokenizer_class"
+    r"|chunk_size_feed_forward|(attn|experts)_implementation|tokenizer_class|pad_token_id"
 )
 _NOT_THE_ADAPTER = re.compile(
     r"auto_mapping|inference_mode|revision|task_type|peft_version|.*dropout|init_.*|loftq_config|.*_config"

@@ -487,7 +487,7 @@ RIGHT = [
     ("no labels", SOUP, both(fields, "config.json", id2label=None), ["2 models"]),
     ("no architecture", SOUP, both(fields, "config.json", architectures=None), ["2 models"]),
     ("unknown fields", SOUP, both(fields, "config.json", **{ESCAPES: ESCAPES, "x": [{"y": None}]}), ["2 models"]),
-    ("what does not change the model", SOUP, fields("b", "config.json", hidden_dropout_prob=0.3, transformers_version="4.0", _name_or_path=ESCAPES, initializer_range=0.5, problem_type="single_label_classification"), ["2 models"]),
+    ("what does not change the model", SOUP, fields("b", "config.json", hidden_dropout_prob=0.3, transformers_version="4.0", _name_or_path=ESCAPES, initializer_range=0.5, pad_token_id=0, problem_type="single_label_classification"), ["2 models"]),
     ("defaults left out", SOUP, fields("b", "config.json", hidden_act="gelu", qkv_bias=True), ["2 models"]),
     ("links to all folders above", SOUP_EVAL, each(link("../..", "photos", "blue", "up"), link("../..", "photos", "red", "up")), ["2 models"]),
     ("a fifo that nobody asks for", SOUP, fifo("a", "events.out"), ["2 models"]),

@@ -151,7 +151,7 @@ class TrainVitConfig(WashConfig):
 
     _argument_group_name = "training, of each member (TrainingArguments)"
 
-    output_dir: str | None = default("output_dir", "outputs/vit")
+    output_dir: str = default("output_dir", "outputs/vit")
     num_train_epochs: float = default("num_train_epochs", 20)
     per_device_train_batch_size: int = default("per_device_train_batch_size", 64)
     per_device_eval_batch_size: int = default("per_device_eval_batch_size", 128)

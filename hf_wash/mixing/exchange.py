@@ -434,9 +434,10 @@ class DeviceShipment:
             lengths = [len(array) for array in itinerary.values()]
             uploaded = dict(zip(itinerary, parts.split(lengths), strict=True))
             values = torch.zeros(len(path.offsets), dtype=BITS[view.plane.dtype.itemsize], device=view.device)
-            if "places" in uploaded:
+            fused = kernels(view.device)
+            if fused is not None and "places" in uploaded:
                 longest = int(np.diff(itinerary["bounds"]).max())
-                kernels(view.device).gather(
+                fused.gather(
                     uploaded["places"], uploaded["bounds"], longest, values, sent_header[BAD:], view.plane.dtype
                 )
             else:
@@ -495,9 +496,10 @@ class DeviceShipment:
             withheld = 0 if view.plane.slot is None else MISSING
             # With one process the values still have the order of the places that they were read from.
             order = uploaded.get("leaving") if self._wire is None else None
-            if "places" in uploaded:
+            fused = kernels(view.device)
+            if fused is not None and "places" in uploaded:
                 landing = uploaded.get("landing", uploaded["places"])
-                kernels(view.device).scatter(landing, order, arrived, headers, FLAGS, withheld, BAD)
+                fused.scatter(landing, order, arrived, headers, FLAGS, withheld, BAD)
                 continue
             if order is not None:
                 arrived = arrived.index_select(0, order)

@@ -41,7 +41,7 @@ class MemberLoader:
         self._device = population.device
         self._non_blocking = non_blocking
         self._reads_ahead = isinstance(dataloader, DataLoaderShard)
-        self._iterator: Iterator | None = None
+        self._iterator: Iterator = iter(())
         self._upcoming: Any = None
         self._is_drawn = False
         # Where the streams stood when the epoch began, and before the batch that waits was drawn: what it takes to
@@ -93,7 +93,7 @@ class MemberLoader:
         if hasattr(dataloader, "set_epoch"):
             dataloader.set_epoch(epoch)
         # As Trainer does: Accelerate's `set_epoch` does not reach the sampler of a wrapped batch sampler.
-        sampler = getattr(getattr(dataloader, "batch_sampler", None), "batch_sampler", None)
+        sampler: Any = getattr(getattr(dataloader, "batch_sampler", None), "batch_sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
         # The base loader: Accelerate's own iteration would read ahead a second time.
@@ -196,18 +196,18 @@ class MemberBatches(IterableDataset):
     def __iter__(self) -> Iterator[list | None]:
         streams = self.population.streams
         resume, self._resume = self._resume, None
-        mid_epoch = resume is not None and resume["placeholders"] > 0
-        self.position = resume["position"] if mid_epoch else 0
+        midway = resume if resume is not None and resume["placeholders"] > 0 else None
+        self.position = midway["position"] if midway is not None else 0
         for slot, loader in enumerate(self.loaders):
             streams.activate(loader.member)
-            if mid_epoch:
-                loader.resume(self.epoch, self.position, resume["states"][slot]["loader"])
+            if midway is not None:
+                loader.resume(self.epoch, self.position, midway["states"][slot]["loader"])
             if resume is not None:
                 streams.restore(resume["states"][slot]["streams"])
-            if not mid_epoch:
+            if midway is None:
                 loader.start(self.epoch)
-        if mid_epoch:
-            yield from itertools.repeat(None, resume["placeholders"])
+        if midway is not None:
+            yield from itertools.repeat(None, midway["placeholders"])
         while not self._any_exhausted():
             batches = []
             for loader in self.loaders:
@@ -243,7 +243,7 @@ def shard_for_member(dataset: Dataset, member: int, size: int) -> Dataset:
         ValueError: for a stream that cannot be split evenly, or fewer examples than members.
     """
     if isinstance(dataset, IterableDataset):
-        shards = getattr(dataset, "num_shards", None) or getattr(dataset, "n_shards", 1)
+        shards: int = getattr(dataset, "num_shards", 0) or getattr(dataset, "n_shards", 1)
         if not hasattr(dataset, "shard") or shards % size:
             raise ValueError(
                 f'`member_data="shard"` splits a stream by its shards, and {shards} shard(s) do not divide among '

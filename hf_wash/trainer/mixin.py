@@ -3,8 +3,8 @@
 
 Each seam of the [`~transformers.Trainer`] is a few lines here and calls `super()` for each member, or for the soup.
 What takes more is a service that holds no trainer: `member`, `data`, `mixing_run`, `log`, `served_soup`, `evaluation`,
-`checkpoint`, `refusals`. The seams by which members are made (`populating`), the soup is served
-(`serving`), and those of evaluation, checkpoints and publishing have files of their own.
+`checkpoint`, `refusals`. The seams by which members are made (`populating`), the soup is served (`serving`), and those
+of evaluation, checkpoints and publishing have files of their own; what they share is said in `part`.
 """
 
 import atexit
@@ -36,14 +36,13 @@ from ..population.agreement import (
     describe_architecture,
     weights_digest,
 )
-from . import evaluation, refusals
+from . import refusals
 from .checkpointing import Checkpointing
 from .data import MemberBatches, MemberLoader, MembersLoader, has_labels, hold_out, shard_for_member
 from .evaluating import Evaluating
 from .log import MemberLog
 from .member import (
     LocalMembers,
-    Member,
     as_member,
 )
 from .mixing_run import MixingRun
@@ -109,8 +108,6 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
     ```
     """
 
-    optimizer: Any
-
     # Ways of computing a loss that leave it to the model.
     _losses_of_models: tuple = (Trainer.compute_loss,)
 
@@ -118,7 +115,8 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
 
     def __init__(self, *args, members: list[MemberOverrides] | None = None, **kwargs):
         given = self._arguments_by_name(args, kwargs)
-        config, model = given.get("args"), given.get("model")
+        config: Any = given.get("args")
+        model = given.get("model")
         refusals.refuse_trainer(type(self))
         refusals.refuse_args(config)
         refusals.refuse_settings(config, model)
@@ -130,16 +128,15 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         self.args = config
         self.population = self._empty_population(size)
         self._overrides = members if members is not None else [MemberOverrides() for _ in range(size)]
-        self._members: list[Member] | None = None
+        self._members = None
         self._given_optimizer = (given.get("optimizers") or (None, None))[0] is not None
         self.soup = ServedSoup()
-        self.mixing: MixingRun | None = None
-        self._log: MemberLog | None = None
+        self._mixing = self._member_log = None
         self._line: tuple[dict[str, float], float] | None = None
-        self._beside: evaluation.BesideTheSoup | None = None
+        self._beside = None
         self._trainings = self._total_steps = 0
         self._evaluating = False
-        self._resume: dict[str, Any] | None = None
+        self._resume = None
 
         # Trainer's own just-in-time checkpointing saves at different steps on different processes.
         jit_checkpoint, config.enable_jit_checkpoint = config.enable_jit_checkpoint, False
@@ -300,8 +297,8 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
             )
         finally:
             self.__dict__.pop("get_train_dataloader", None)
-            if self.mixing is not None:
-                self.mixing.release()
+            if self._mixing is not None:
+                self._mixing.release()
             self.population.streams.activate(None)
 
     def _inner_training_loop(self, *args, **kwargs):
@@ -393,7 +390,7 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         # Trainer prepares what is not wrapped, which means DDP; so autocast and compilation are prepared here.
         if training:
             return LocalMembers([member.prepare(self.accelerator) for member in self.members])
-        known = [*self.members, *([self.soup.member] if self.soup.member is not None else [])]
+        known = [*self.members, *([self.soup.member] if self.soup.is_built else [])]
         return next((m.prepare(self.accelerator) for m in known if m.model is model), model)
 
     def _prepare_for_training(self, *args, **kwargs):
@@ -544,13 +541,13 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         groups = self.optimizer.param_groups
         position = next((i for i, group in enumerate(groups) if group.get("member", index) == index), 0)
         plateau = isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-        known = not plateau and hasattr(self.lr_scheduler, "get_last_lr") and self._log.rates is not None
-        rate = self._log.rates[position] if known else groups[position]["lr"]
+        rates = self._log.rates if not plateau and hasattr(self.lr_scheduler, "get_last_lr") else None
+        rate = rates[position] if rates is not None else groups[position]["lr"]
         return float(rate) if rate is not None else None
 
     def _get_learning_rate(self):
         # Called after the optimizer's step and before the scheduler's: remember all groups' rates, not the first's.
-        if self._log is not None:
+        if self._member_log is not None:
             rates = getattr(self.lr_scheduler, "get_last_lr", lambda: None)()
             self._log.rates = list(rates) if rates is not None else None
         return super()._get_learning_rate()
@@ -626,7 +623,7 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
     @property
     def mixer(self):
         """The run's [`WashMixer`]; `None` before training and for one member."""
-        return self.mixing.mixer if self.mixing is not None else None
+        return self.mixing.mixer if self._mixing is not None else None
 
     @property
     def greedy_record(self):
@@ -636,9 +633,9 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
     @property
     def values_moved(self) -> int:
         """Values that changed owner since the run began, of all members."""
-        return self.mixing.values_moved if self.mixing is not None else 0
+        return self.mixing.values_moved if self._mixing is not None else 0
 
     @property
     def bytes_exchanged(self) -> int:
         """Bytes of these values."""
-        return self.mixing.bytes_exchanged if self.mixing is not None else 0
+        return self.mixing.bytes_exchanged if self._mixing is not None else 0

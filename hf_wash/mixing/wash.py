@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .agreement import agree, architecture, difference, processes, unlike
+from ..architecture import unlike
+from .agreement import agree, architecture, processes
 from .drafts import Draft, Promise, dismiss, keep_promises
 from .exchange import (
     BAD,
@@ -241,9 +242,8 @@ class WashMixer:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a mapping, and is {schedule!r}.")
         architectures = [architecture(member) for member in members]
         for number, theirs in zip(self._members, architectures, strict=True):
-            differing = difference(architectures[0], theirs)
-            if differing:
-                raise ValueError(unlike(number, self._members[0], differing))
+            if said := unlike(architectures[0], theirs, self._members[0], number):
+                raise ValueError(said)
         parameters = [
             {name: parameter for layer in shuffled_layers(member).values() for name, parameter in layer.items()}
             for member in members

@@ -16,8 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rota
 from transformers.utils import logging
 
 from .. import __version__
+from ..architecture import describe_architecture, first_difference
 from ..population import MemberOverrides, copy_member
-from ..population.agreement import describe_architecture, first_difference
 from . import checkpoint as checkpoints
 from .log import MemberLog
 from .part import Part
@@ -181,9 +181,9 @@ class Checkpointing(Part):
             [(name, None if name in buffers else shape, *rest) for name, shape, *rest in entries]
             for entries in (describe_architecture(self.population.wholes[0]), theirs)
         )
-        difference = first_difference(own, theirs)
+        difference = first_difference(own, theirs, "this run", "the checkpoint")
         if difference is not None:
-            raise ValueError(f"Cannot resume: `{folder}` holds another architecture, {difference}.")
+            raise ValueError(f"Cannot resume: `{folder}` holds another architecture: {difference}.")
         if manifest["seed"] != self.args.seed:
             raise ValueError(
                 f"Cannot resume: `{folder}` was shuffled with seed {manifest['seed']}, this run's is {self.args.seed}."

@@ -27,13 +27,13 @@ from transformers.trainer_utils import (
 )
 from transformers.utils import logging
 
+from ..architecture import describe_architecture
 from ..config import ENOUGH_SHUFFLES, LARGEST_FITTED_PROBABILITY
 from ..hub.export import writing_here
 from ..hub.push import LOCAL_MEMBERS
 from ..population import MemberOverrides, copy_member
 from ..population.agreement import (
     check_agreement,
-    describe_architecture,
     weights_digest,
 )
 from . import refusals

@@ -87,7 +87,9 @@ def test_overrides_for_another_number_of_members(tmp_path):
 
 def test_members_of_different_architectures(tmp_path):
     made = iter([vit(), vit(), vit(hidden_size=32), vit()])
-    with pytest.raises(ValueError, match=r"member 2 differs from 0: `vit.*` has shape .*32.* instead of .*16"):
+    with pytest.raises(
+        ValueError, match=r"Member 2 does not have.* member 0: 'vit.*' has shape .*32.* in member 2 and .*16"
+    ):
         population(tmp_path, same_init=False, trainer={"model_init": lambda: next(made)})
 
 

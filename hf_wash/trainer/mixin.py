@@ -10,7 +10,6 @@ of evaluation, checkpoints and publishing have files of their own; what they sha
 import atexit
 import functools
 import inspect
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -28,7 +27,6 @@ from transformers.trainer_utils import (
 from transformers.utils import logging
 
 from ..architecture import describe_architecture
-from ..config import ENOUGH_SHUFFLES, LARGEST_FITTED_PROBABILITY
 from ..hub.export import writing_here
 from ..hub.push import LOCAL_MEMBERS
 from ..population import MemberOverrides, copy_member
@@ -411,7 +409,8 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
             probability,
             self.args.seed,
         )
-        self._say_what_is_shuffled()
+        if self.is_world_process_zero():
+            self.mixing.say_what_is_shuffled()
         if self.args.enable_jit_checkpoint:
             self.mixing.listen()
         # The exchange is a part of the step, whatever callbacks there are, and happens when fp16's scaler skips it, too.
@@ -428,27 +427,6 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         loader = self._batches.as_dataloader()
         self.callback_handler.train_dataloader = loader
         return model, loader
-
-    def _say_what_is_shuffled(self) -> None:
-        if self.args.mixing != "wash" or self.population.size == 1 or not self.is_world_process_zero():
-            return
-        probability = self.mixing.probability
-        logger.info(f"Shuffling with p = {probability:g}.")
-        mixing_steps = self.args.mixing_steps(self._total_steps)
-        expected = probability * mixing_steps
-        if not probability or expected >= ENOUGH_SHUFFLES:
-            return
-        needed = ENOUGH_SHUFFLES / mixing_steps if mixing_steps else math.inf
-        advice = (
-            f"`shuffle_probability={needed:.2g}` would reach it"
-            if needed <= LARGEST_FITTED_PROBABILITY
-            else f"this run is too short for it, even at {LARGEST_FITTED_PROBABILITY}; train longer"
-        )
-        logger.warning(
-            f"A first-layer weight will be shuffled about {expected:.1f} times in this run of {self._total_steps} "
-            f"steps (p = {probability:g}). Below about {ENOUGH_SHUFFLES} the members are disturbed without being "
-            f"brought together: {advice}."
-        )
 
     def _run_epoch(self, *args, **kwargs):
         if self._resume is not None:
@@ -617,25 +595,3 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
 
     def _check_export_folder(self) -> None:
         """*Collective.* Find out before training, not at its end, that the soup cannot be written where it should go."""
-
-    # ---- What has been exchanged -----------------------------------------------------------------------------------
-
-    @property
-    def mixer(self):
-        """The run's [`WashMixer`]; `None` before training and for one member."""
-        return self.mixing.mixer if self._mixing is not None else None
-
-    @property
-    def greedy_record(self):
-        """How a greedy soup was chosen, a [`GreedySoupRecord`]."""
-        return self.soup.greedy
-
-    @property
-    def values_moved(self) -> int:
-        """Values that changed owner since the run began, of all members."""
-        return self.mixing.values_moved if self._mixing is not None else 0
-
-    @property
-    def bytes_exchanged(self) -> int:
-        """Bytes of these values."""
-        return self.mixing.bytes_exchanged if self._mixing is not None else 0

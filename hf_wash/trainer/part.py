@@ -10,7 +10,9 @@ from torch import nn
 from transformers import Trainer
 
 from ..config import WashConfig
+from ..mixing import WashMixer
 from ..population import MemberOverrides, Population
+from ..soup import GreedySoupRecord
 from .data import MemberBatches
 from .log import MemberLog
 from .member import Member
@@ -42,6 +44,26 @@ class Part(Trainer):
     @mixing.setter
     def mixing(self, run: MixingRun) -> None:
         self._mixing = run
+
+    @property
+    def mixer(self) -> WashMixer | None:
+        """The run's [`WashMixer`]; `None` before training and for one member."""
+        return self._mixing.mixer if self._mixing is not None else None
+
+    @property
+    def values_moved(self) -> int:
+        """Values that changed owner since the run began, of all members."""
+        return self._mixing.values_moved if self._mixing is not None else 0
+
+    @property
+    def bytes_exchanged(self) -> int:
+        """Bytes of these values."""
+        return self._mixing.bytes_exchanged if self._mixing is not None else 0
+
+    @property
+    def greedy_record(self) -> GreedySoupRecord | None:
+        """How a greedy soup was chosen."""
+        return self.soup.greedy
 
     @property
     def _log(self) -> MemberLog:

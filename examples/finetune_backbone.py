@@ -261,7 +261,7 @@ def add_adapter(model: PreTrainedModel, heads: list[str], rank: int, alpha: floa
 
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha if alpha is not None else 2 * rank,
+        lora_alpha=alpha if alpha is not None else 2 * rank,  # type: ignore[arg-type] # it is divided by the rank
         target_modules=named(nn.Linear) or named(nn.Conv2d),
         modules_to_save=heads,
     )
@@ -357,8 +357,8 @@ class FinetuneTrainer(WashTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """The schedule that was asked for, and 0 for the backbone as long as only the head learns."""
-        if self.lr_scheduler is not None:  # type: ignore[has-type]
-            return self.lr_scheduler  # type: ignore[has-type]
+        if self.lr_scheduler is not None:  # type: ignore[has-type] # set by the Trainer
+            return self.lr_scheduler  # type: ignore[has-type] # set by the Trainer
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         head_steps = int(self.head_only * num_training_steps)
         if head_steps == 0:

@@ -266,6 +266,10 @@ class HostShipment:
         ]
         return headers, sum(self._sizes[1]), waited
 
+    def ship(self, header: np.ndarray) -> tuple[list[list[int]], int, float]:
+        """[`HostShipment.gather`] and [`HostShipment.exchange`]."""
+        return self.exchange(self.gather(header))
+
     def keep_only(self, num_planes: int) -> None:
         """Leaves all but the first planes as they are."""
         self.views, self.volumes = self.views[:num_planes], self.volumes[:num_planes]
@@ -359,6 +363,9 @@ class DeviceShipment:
             for process in range(wire.size)
         ]
         return torch.stack(headers), sum(layout.send_sizes), waited
+
+    def ship(self, header: np.ndarray) -> tuple[torch.Tensor, int, float]:
+        return self.exchange(self.gather(header))
 
     def keep_only(self, num_planes: int) -> None:
         self.views, self.volumes = self.views[:num_planes], self.volumes[:num_planes]
@@ -473,7 +480,7 @@ def _touched(views: Sequence[Views], paths: Sequence[Route]) -> tuple[list[torch
     addresses: list[int] = []
     for view, path in zip(views, paths, strict=True):
         used = (path.counts if view.exists is None else path.counts * view.exists).tolist()
-        tensors += itertools.compress(view.tensors, used)
+        tensors += [tensor for tensor, count in zip(view.tensors, used, strict=True) if tensor is not None and count]
         addresses += itertools.compress(view.addresses, used)
     return tensors, addresses
 

@@ -283,12 +283,12 @@ class WashMixer:
                 raise ValueError(self._broken)
             if self._late:
                 # No header is like this one, so that nothing is written anywhere.
-                shipment.exchange(shipment.gather(self._header(_NO_SHUFFLE, step, 0)))
+                shipment.ship(self._header(_NO_SHUFFLE, step, 0))
                 raise ValueError(self._broken)
             self._refusal, state_changed = self._broken, True
         missing = any(self._views[plane].exists is not None for plane in self._planes)
         flags = STOP * stop_requested | STATE_CHANGED * state_changed | MISSING * missing
-        headers, sent, waited = shipment.exchange(shipment.gather(self._header(digest, step, flags)))
+        headers, sent, waited = shipment.ship(self._header(digest, step, flags))
 
         if self._late:
             # The device itself looks into the headers and writes nothing if they are not as they should be.
@@ -304,7 +304,7 @@ class WashMixer:
             self._carry(self._agreed)
             shipment.keep_only(len(self._weights))
             rest = self._shipment(draft, self._planes[len(self._weights) :])
-            headers, more, longer = rest.exchange(rest.gather(self._header(digest, step, 0)))
+            headers, more, longer = rest.ship(self._header(digest, step, 0))
             self._judge(headers, step, digest)
             shipments.append(rest)
             sent, waited = sent + more, waited + longer

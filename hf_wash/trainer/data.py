@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate.data_loader import DataLoaderShard, SeedableRandomSampler, skip_first_batches
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Subset
 from transformers.trainer_utils import has_length
 
 from ..population import Population
@@ -134,6 +134,8 @@ class MemberLoader:
 class MembersLoader(DataLoader):
     """The loader the Trainer iterates over: a list of batches at a time, one for each local member."""
 
+    dataset: "MemberBatches"
+
     @property
     def total_batch_size(self) -> int | None:
         """Examples in a batch of one member, as Accelerate's loaders have it."""
@@ -234,7 +236,7 @@ def _unchanged(batches: list) -> list:
     return batches
 
 
-def shard_for_member(dataset: Dataset, member: int, size: int) -> Dataset:
+def shard_for_member(dataset: Any, member: int, size: int) -> Any:
     """
     The part of `dataset` that member `member` of `size` trains on with `member_data="shard"`: every `size`-th example,
     the same number for each member (up to `size` − 1 examples are left out), so that all take the same steps.
@@ -256,17 +258,17 @@ def shard_for_member(dataset: Dataset, member: int, size: int) -> Dataset:
     return _choose(dataset, range(member, member + count * size, size))
 
 
-def hold_out(dataset: Dataset, part: float, seed: int) -> tuple[Dataset, Dataset]:
+def hold_out(dataset: Any, part: float, seed: int) -> tuple[Any, Any]:
     """
     Split a training set in two by a random choice of examples, the same on every process.
 
     Args:
-        dataset (`Dataset`): Indexable, with a length.
+        dataset: Indexable, with a length: of torch, of `datasets`, a list.
         part (`float`): The part that is held out, in (0, 1); at least one example.
         seed (`int`): Of the choice.
 
     Returns:
-        `tuple[Dataset, Dataset]`: What is left to train on, and what is held out.
+        `tuple`: What is left to train on, and what is held out.
 
     Raises:
         ValueError: for a stream, and if nothing would be left.
@@ -280,7 +282,7 @@ def hold_out(dataset: Dataset, part: float, seed: int) -> tuple[Dataset, Dataset
     return _choose(dataset, sorted(order[count:])), _choose(dataset, sorted(order[:count]))
 
 
-def _choose(dataset: Dataset, indices: Sequence[int]) -> Dataset:
+def _choose(dataset: Any, indices: Sequence[int]) -> Any:
     return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
 
 

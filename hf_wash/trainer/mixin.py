@@ -382,7 +382,7 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
                 combined.state.update(self.optimizer.state)
             combined = combined if combined is not None else self.optimizer
         self.optimizer = combined
-        return combined
+        return self.optimizer
 
     def _wrap_model(self, model, training: bool = True, dataloader=None):
         # Trainer prepares what is not wrapped, which means DDP; so autocast and compilation are prepared here.

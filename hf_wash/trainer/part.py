@@ -24,6 +24,7 @@ class Part(Trainer):
     """A Trainer that holds a population, as far as its parts share it."""
 
     args: WashConfig  # or another dataclass of `PopulationArguments` and a Trainer's
+    model: Any  # a module; a subclass of any Trainer may ask more of it
     optimizer: Any  # accelerate's, whose `step` is replaced
     population: Population
     soup: ServedSoup

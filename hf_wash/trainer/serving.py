@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from ..soup import has_batch_norm, recalibrate_batch_norm
 from . import evaluation
 from .data import hold_out
-from .member import Member, MemberAccelerator, as_member
+from .member import Member, MemberAccelerator, Whole, as_member
 from .part import Part
 
 
@@ -62,11 +62,13 @@ class Serving(Part):
 
     def _in_a_members_place(self, whole: nn.Module) -> Member:
         first = self.members[0]
-        model = whole.model if first.around else whole
-        around = {
-            name: whole.around[name] if isinstance(value, nn.Module) else {k: whole.around[k] for k in value}
-            for name, value in first.around.items()
-        }
+        model, around = whole, {}
+        if isinstance(whole, Whole):
+            model = whole.model
+            around = {
+                name: whole.around[name] if isinstance(value, nn.Module) else {k: whole.around[k] for k in value}
+                for name, value in first.around.items()
+            }
         soup = Member(None, model, self.args, MemberAccelerator(self.accelerator), whole, around=around)
         soup.prepare(self.accelerator)
         return soup

@@ -195,7 +195,7 @@ class PopulationArguments:
             # Started by `torchrun` without an accelerator, a process takes itself for the only one unless it is told
             # that the CPU is meant (accelerate 1.15).
             self.use_cpu = True
-        drop_last = self.dataloader_drop_last  # type: ignore[has-type] # of the arguments that this class stands in front of
+        drop_last = self.dataloader_drop_last  # type: ignore[has-type] # of the arguments behind this class
         super().__post_init__()  # type: ignore[misc] # theirs, too
         # On several processes sentence-transformers (6.2) drops the last batch, lest their numbers of batches differ. A
         # member's batches are those of a run of its own, however many processes there are.

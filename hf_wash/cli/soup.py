@@ -83,14 +83,15 @@ def soup(
     metrics = {}
     # A fresh folder: another command may be writing to the same place, and what has its name may be the user's.
     with scratch_beside(target) as scratch:
-        staged, score = scratch / "soup", None
+        staged = scratch / "soup"
+        score: Callable[[dict], float] | None = None
         if eval_data is not None:
             images = ImageFolder(eval_data, folders[0], batch_size)
             training = (
                 ImageFolder(train_data, folders[0], batch_size, shuffled=True) if train_data is not None else None
             )
             score = _score_of(scratch / "trial", folders[0], images, training)
-        if greedy:
+        if greedy and score is not None:
             weights, chosen = greedy_soup(folders, score)
             record |= {"chosen": sorted(chosen.indices), "scores": list(chosen.member_scores)}
             listing = ", ".join(
@@ -103,7 +104,7 @@ def soup(
         has_batch_norm = any(name.endswith(_BATCH_NORM_STATISTICS) for name in weights)
         _write(staged, folders[0], weights)
         del weights
-        if recalibrate_bn and has_batch_norm:
+        if train_data is not None and has_batch_norm:
             _recalibrate(staged, ImageFolder(train_data, folders[0], batch_size, shuffled=True))
             record["batch_norm"] = "recalibrate"
         elif recalibrate_bn:

@@ -140,9 +140,11 @@ def _digest(value: Any) -> str:
 def own_text(text: str) -> str:
     """A card's text without its front matter and without the part that is generated."""
     own, rest = "", _FRONT_MATTER.sub("", text)
-    while (found := _generated(rest))[1] >= 0:
-        own, rest = own + rest[: found[0].start()], rest[found[1] :]
-    return own + rest
+    while True:
+        begin, end = _generated(rest)
+        if begin is None or end < 0:
+            return own + rest
+        own, rest = own + rest[: begin.start()], rest[end:]
 
 
 def has_title(text: str) -> bool:

@@ -217,8 +217,8 @@ def transformers_class(names: Iterable[str | None]) -> Any:
     """The first of these classes that transformers has for models, as its own or as an auto class; else `None`."""
     import transformers
 
-    for name in names:
-        found = getattr(transformers, name, None) if name else None
+    for name in filter(None, names):
+        found = getattr(transformers, name, None)
         if isinstance(found, type) and (
             name.startswith("AutoModel") or issubclass(found, transformers.PreTrainedModel)
         ):

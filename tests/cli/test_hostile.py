@@ -124,13 +124,6 @@ def weights(change):
     return put
 
 
-def filled(value):
-    def change(tensors):
-        tensors["classifier.weight"].fill_(value)
-
-    return change
-
-
 def header(text, size=None):
     """Weights whose header is this."""
     data = text.encode()
@@ -282,8 +275,6 @@ REFUSED = [
     ("out has a long name", ["soup", "{a}", "--out", "{place}/" + "x" * 300], None, ["xxx"]),
     ("batch size of 0", SOUP_EVAL + " --batch-size 0", None, ["batch-size"]),
     ("batch size of letters", SOUP_EVAL + " --batch-size many", None, ["batch-size"]),
-    # Members that have diverged are refused where the average is made.
-    ("NaN", SOUP, weights(filled(float("nan"))), ["classifier.weight"]),
     # Images.
     ("images are a file", "soup {a} --eval-data {a}/config.json --out {out}", None, ["--eval-data", "folder"]),
     ("no images", "soup {a} --eval-data {place}/empty --out {out}", lambda p: (p / "empty").mkdir(), ["{place}/empty"]),
@@ -621,3 +612,24 @@ def test_a_terminal_that_knows_few_letters_gets_all_the_same(place):
     command = [sys.executable, "-m", "hf_wash.cli", "inspect", str(place / "run")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "") and r"gr\xf6\xdfer \xd72" in done.stdout
+
+
+def test_what_the_average_refuses_is_one_line(place, monkeypatch, capfd):
+    from hf_wash import soup
+
+    def refuse(members):
+        raise ValueError(f"Member 1 ({members[1]}) holds NaN,\nand so would the soup: {ESCAPES}")
+
+    monkeypatch.setattr(soup, "uniform_soup", refuse)
+    before = everything_in(place)
+    assert run_command(SOUP, place) == 2
+    err = capfd.readouterr().err
+    assert len(err.splitlines()) == 1 and is_clean(err) and "holds NaN, and so would the soup" in err
+    assert everything_in(place) == before
+
+
+def test_a_card_that_is_a_fifo_tells_no_license(tmp_path):
+    from hf_wash.hub.record import inherited_license
+
+    os.mkfifo(tmp_path / "README.md")
+    assert inherited_license(str(tmp_path)) is None

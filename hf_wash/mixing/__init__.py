@@ -1,7 +1,9 @@
 """What the members of a population exchange after an optimizer step. Knows torch and NumPy only."""
 
-from .averaging import DilocoMixer, PapaMixer, PeriodicAverageMixer, SpartaMixer
+from .averaging import PairAverageMixer, PapaMixer, PeriodicAverageMixer
+from .diloco import DilocoMixer
 from .schedule import expected_values_moved, layer_probabilities, schedule_probabilities, shuffled_layers
+from .sparta import SpartaMixer
 from .wash import ContagionError, MixStats, PlanMismatchError, WashMixer
 
 
@@ -9,6 +11,7 @@ __all__ = [
     "ContagionError",
     "DilocoMixer",
     "MixStats",
+    "PairAverageMixer",
     "PapaMixer",
     "PeriodicAverageMixer",
     "PlanMismatchError",

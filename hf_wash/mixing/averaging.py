@@ -5,6 +5,7 @@ The peers that average: at some steps members are replaced by, or pulled towards
 adds is below: when, of what, and what becomes of the mean. Steps are counted from 1, as optimizer steps taken.
 """
 
+import hashlib
 import itertools
 import math
 import time
@@ -16,7 +17,6 @@ import torch.distributed as dist
 from torch import nn
 
 from .agreement import agree, architecture, check_members, processes
-from .plan import Planner
 from .schedule import check_probability
 from .wash import ContagionError, MixStats, PlanMismatchError
 
@@ -26,6 +26,10 @@ from .wash import ContagionError, MixStats, PlanMismatchError
 _CHECK, _SQUARE, _STOP, _HEADER = 0, 1, 2, 4
 # Steps are compared by their remainder, small enough that sums of squares over any number of processes are exact.
 _REMAINDER = 257
+_OTHER_STEPS = (
+    "The processes came to this exchange with different steps, and this process with step {step}. Every process has to "
+    "call mix() once after every step. Nothing was written into any member."
+)
 
 
 def check_steps(value: Any, what: str, least: int = 1) -> int:
@@ -120,6 +124,10 @@ class AveragingMixer:
         """For each local member, the tensors that are averaged."""
         return self._tensors
 
+    def _padding(self, size: int) -> int:
+        """Values that a bucket of `size` values is filled up with."""
+        return 0
+
     def _apply(self, means: list[torch.Tensor], step: int) -> None:
         """Write into the members what follows from the means, one for each tensor that was read."""
         for own in self._tensors:
@@ -169,6 +177,9 @@ class AveragingMixer:
         self._stop_wanted = stop = self._stop_wanted or bool(stop_requested)
         if self._num_members == 1 or not shuffle or not self.is_due(step):
             return MixStats(0, 0, 0, False, stop and self._group is None, 0, 0, 0.0)
+        return self._exchange(step, stop)
+
+    def _exchange(self, step: int, stop: bool) -> MixStats:
         columns = self._read(step)
         bucket, means = self._sum(columns, step, stop)
         waited = 0.0
@@ -179,27 +190,33 @@ class AveragingMixer:
         stop = self._judge(bucket, columns, step)
         bucket[_HEADER:].div_(self._num_members)
         self._apply(means, step)
-        values = sum(tensor.numel() for own in columns for tensor in own)
-        size = sum(tensor.numel() * tensor.element_size() for own in columns for tensor in own)
         # What a ring sends: each process all but its own part, once to add up and once to hand out.
         sent = 2 * (self._num_processes - 1) * bucket.nbytes // self._num_processes
-        processes = self._num_processes
-        return MixStats(values, size, sent, self._averages, stop, values * processes, size * processes, waited)
+        return self._stats(columns, sent, stop, waited)
 
     # Whether an exchange leaves members with the mean of whole models.
     _averages = True
+
+    def _stats(self, columns: list[list[torch.Tensor]], sent: int, stop: bool, waited: float) -> MixStats:
+        values = sum(tensor.numel() for own in columns for tensor in own)
+        size = sum(tensor.numel() * tensor.element_size() for own in columns for tensor in own)
+        everywhere = values * self._num_processes, size * self._num_processes
+        return MixStats(values, size, sent, self._averages, stop, *everywhere, waited)
 
     def _sum(
         self, columns: list[list[torch.Tensor]], step: int, stop: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The sum over local members in a bucket, behind its header, and the bucket's views of each tensor."""
         sizes = [tensor.numel() for tensor in columns[0]]
-        if self._room.numel() < _HEADER + sum(sizes):
-            self._room = torch.empty(_HEADER + sum(sizes), dtype=self._dtype, device=self._device)
-        bucket = self._room[: _HEADER + sum(sizes)]
+        padding = self._padding(sum(sizes))
+        length = _HEADER + sum(sizes) + padding
+        if self._room.numel() < length:
+            self._room = torch.empty(length, dtype=self._dtype, device=self._device)
+        bucket = self._room[:length]
+        bucket[length - padding :] = 0
         check = step % _REMAINDER
         bucket[:_HEADER] = torch.tensor([check, check * check, stop, 0], dtype=self._dtype)
-        parts = bucket[_HEADER:].split(sizes)
+        parts = bucket[_HEADER : length - padding].split(sizes)
         sums = [part.view(tensor.shape) for part, tensor in zip(parts, columns[0], strict=True)]
         torch._foreach_copy_(sums, columns[0])
         for own in columns[1:]:
@@ -210,10 +227,7 @@ class AveragingMixer:
         """Raises what a summed bucket gives reason for. Returns whether any process wants to stop."""
         check, squares, stop, rest = torch.cat([bucket[: _HEADER - 1], bucket.sum()[None]]).tolist()
         if check * check != squares * self._num_processes:
-            raise PlanMismatchError(
-                f"The processes came to this exchange with different steps, and this process with step {step}. Every "
-                "process has to call mix() once after every step. Nothing was written into any member."
-            )
+            raise PlanMismatchError(_OTHER_STEPS.format(step=step))
         if not math.isfinite(rest):
             # Any NaN or infinity shows in the sum.
             own = [all(bool(tensor.isfinite().all()) for tensor in column) for column in columns]
@@ -296,6 +310,110 @@ class PeriodicAverageMixer(AveragingMixer):
         return step >= first and not past_end and (step - first) % self.interval == 0
 
 
+class PairAverageMixer(PeriodicAverageMixer):
+    """
+    Each member becomes the mean of two random members, every so many steps: PAPA-2 (Jolicoeur-Martineau et al. 2023,
+    https://huggingface.co/papers/2304.03094, section 3).
+
+    For each child a pair of different members is drawn, uniformly among all pairs, from (seed, step), the same on every
+    process. (The published code draws among the first N pairs in lexicographic order only, so that of five children
+    four have member 0 as a parent.) A process gets the parents that it needs, each once, and no others.
+
+    Args:
+        members (`torch.nn.Module` or `list[torch.nn.Module]`):
+            As in [`AveragingMixer`].
+        interval (`int`), first (`int`, *optional*), last (`int`, *optional*):
+            As in [`PeriodicAverageMixer`].
+        seed (`int`, *optional*, defaults to 0):
+            Of the pairs.
+        buffers (`bool`, *optional*, defaults to `True`):
+            Whether floating-point buffers are averaged, too.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            As in [`AveragingMixer`].
+
+    Raises:
+        ValueError: as [`PeriodicAverageMixer`].
+    """
+
+    def __init__(
+        self,
+        members: nn.Module | Sequence[nn.Module],
+        *,
+        interval: int,
+        first: int | None = None,
+        last: int | None = None,
+        seed: int = 0,
+        buffers: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+    ):
+        self.seed = seed
+        super().__init__(
+            members, interval=interval, first=first, last=last, buffers=buffers, process_group=process_group
+        )
+
+    def pairs(self, step: int) -> list[tuple[int, int]]:
+        """The parents of each member, a pair of different ones for each of the N."""
+        every = list(itertools.combinations(range(self._num_members), 2))
+        words = (hashlib.sha256(f"{self.seed} {step} {child}".encode()).digest() for child in range(self._num_members))
+        return [every[int.from_bytes(word, "big") % len(every)] for word in words]
+
+    def _exchange(self, step: int, stop: bool) -> MixStats:
+        num_local, length = len(self._members), sum(tensor.numel() for tensor in self._tensors[0])
+        pairs, rank = self.pairs(step), self._members.start // num_local
+        needed = [
+            sorted({parent for pair in pairs[first : first + num_local] for parent in pair})
+            for first in range(0, self._num_members, num_local)
+        ]
+        flat = {
+            index: torch.cat([tensor.reshape(-1).to(self._dtype) for tensor in own])
+            for index, own in zip(self._members, self._tensors, strict=True)
+        }
+        stop = self._judge_all([bool(values.sum().isfinite()) for values in flat.values()], step, stop)
+        sent, waited = 0, 0.0
+        if self._group is not None:
+            leaving: list[torch.Tensor] = []
+            for process, parents in enumerate(needed):
+                leaving += [flat[parent] for parent in parents if parent in flat and process != rank]
+            coming = [parent for parent in needed[rank] if parent not in flat]
+            senders = [parent // num_local for parent in coming]
+            outgoing = torch.cat(leaving) if leaving else torch.empty(0, dtype=self._dtype, device=self._device)
+            incoming = torch.empty(len(coming) * length, dtype=self._dtype, device=self._device)
+            began = time.perf_counter()
+            dist.all_to_all_single(
+                incoming,
+                outgoing,
+                [length * senders.count(process) for process in range(self._num_processes)],
+                [
+                    length * sum(parent in flat for parent in parents) * (process != rank)
+                    for process, parents in enumerate(needed)
+                ],
+                group=self._group,
+            )
+            waited = time.perf_counter() - began
+            sent = outgoing.nbytes
+            flat.update(zip(coming, incoming.split(length) if coming else (), strict=True))
+        sizes_of = [tensor.numel() for tensor in self._tensors[0]]
+        for index, own in zip(self._members, self._tensors, strict=True):
+            one, other = pairs[index]
+            child = ((flat[one] + flat[other]) / 2).split(sizes_of)
+            torch._foreach_copy_(own, [part.view(tensor.shape) for part, tensor in zip(child, own, strict=True)])
+        return self._stats(self._tensors, sent, stop, waited)
+
+    def _judge_all(self, fine: list[bool], step: int, stop: bool) -> bool:
+        """Raises what any process gives reason for, before anything travels. Returns whether any wants to stop."""
+        said: list = [(step, stop, fine)]
+        if self._group is not None:
+            said = [None] * self._num_processes
+            dist.all_gather_object(said, (step, stop, fine), group=self._group)
+        if any(other != step for other, _, _ in said):
+            raise PlanMismatchError(_OTHER_STEPS.format(step=step))
+        bad = [index for index, well in enumerate(well for *_, part in said for well in part) if not well]
+        if bad:
+            raise ContagionError(bad, step)
+        self._stop_wanted = any(wants for _, wants, _ in said)
+        return self._stop_wanted
+
+
 class PapaMixer(AveragingMixer):
     """
     Members are pulled a little towards their mean, every few steps: PAPA (Jolicoeur-Martineau et al. 2023,
@@ -372,163 +490,6 @@ class PapaMixer(AveragingMixer):
         for own, group, base in zip(self._tensors, self._groups, self._base, strict=True):
             assert group is not None
             _pull(own, means, min(1.0, self.rate * float(group["lr"]) / base))
-
-
-class SpartaMixer(AveragingMixer):
-    """
-    After every step a few weights, drawn anew each time, become their mean: SPARTA (Exo Labs 2025,
-    https://github.com/exo-explore/gym).
-
-    Every scalar is selected with one probability at all depths, the same scalars for all members. Every process derives
-    them from (seed, step), so that only the values are sent; the published code draws and broadcasts masks of a byte
-    for each parameter of the model. Parameters only; optimizer states stay.
-
-    Args:
-        members (`torch.nn.Module` or `list[torch.nn.Module]`):
-            As in [`AveragingMixer`].
-        probability (`float`, *optional*, defaults to 0.005):
-            With which a weight is selected in a step, in [0, 1].
-        seed (`int`, *optional*, defaults to 0):
-            Of the selection, in [0, 2^64).
-        interval (`int`, *optional*, defaults to 1):
-            Steps between two exchanges.
-        process_group (`torch.distributed.ProcessGroup`, *optional*):
-            As in [`AveragingMixer`].
-
-    Raises:
-        ValueError: as [`AveragingMixer`], and for a probability outside [0, 1] or a seed outside its range.
-    """
-
-    _averages = False
-
-    def __init__(
-        self,
-        members: nn.Module | Sequence[nn.Module],
-        *,
-        probability: float = 0.005,
-        seed: int = 0,
-        interval: int = 1,
-        process_group: dist.ProcessGroup | None = None,
-    ):
-        self.probability, self.interval, self._seed = probability, interval, seed
-        options = {"probability": probability, "seed": seed, "interval": interval}
-        super().__init__(members, options, process_group=process_group)
-        sizes = [tensor.numel() for tensor in self._tensors[0]]
-        self._planner = Planner(seed, sizes, [float(probability)] * len(sizes), 0)
-        self._chosen: list[tuple[int, torch.Tensor]] = []
-
-    def _check(self) -> None:
-        check_probability(self.probability)
-        check_steps(self.interval, "interval")
-        Planner(self._seed, [], [], 0)
-
-    def is_due(self, step: int) -> bool:
-        """Whether members exchange after a step, counted from 1."""
-        return step % self.interval == 0
-
-    def _read(self, step: int) -> list[list[torch.Tensor]]:
-        coordinates, offsets = self._planner.select(step)
-        every = torch.from_numpy(coordinates).to(self._device)
-        cuts = offsets.tolist()
-        self._chosen = [
-            (number, every[begin:end]) for number, (begin, end) in enumerate(itertools.pairwise(cuts)) if end > begin
-        ]
-        return [
-            [torch.cat([own[number].reshape(-1)[at].to(self._dtype) for number, at in self._chosen])]
-            if self._chosen
-            else [torch.empty(0, dtype=self._dtype, device=self._device)]
-            for own in self._tensors
-        ]
-
-    def _apply(self, means: list[torch.Tensor], step: int) -> None:
-        parts = means[0].split([len(at) for _, at in self._chosen])
-        for own in self._tensors:
-            for (number, at), part in zip(self._chosen, parts, strict=True):
-                tensor = own[number]
-                if tensor.is_contiguous():
-                    tensor.view(-1)[at] = part.to(tensor.dtype)
-                else:
-                    tensor[torch.unravel_index(at, tensor.shape)] = part.to(tensor.dtype)
-
-
-class DilocoMixer(AveragingMixer):
-    """
-    Every so many steps the members' mean is taken as an outer step from where they last met: DiLoCo (Douillard et al.
-    2023, https://huggingface.co/papers/2311.08105, algorithm 1; the defaults are OpenDiLoCo's).
-
-    With g = θ_start − mean(θ_local), SGD with Nesterov momentum moves θ_start by g, and all members go on from there.
-    Inner optimizer states stay. Members are one model after each exchange, so that there is no ensemble.
-
-    Args:
-        members (`torch.nn.Module` or `list[torch.nn.Module]`):
-            As in [`AveragingMixer`]. They start from the same weights; where they differ, member 0's are the start.
-        interval (`int`, *optional*, defaults to 500):
-            H, the steps between two exchanges; the first is after step H.
-        learning_rate (`float`, *optional*, defaults to 0.7), momentum (`float`, *optional*, defaults to 0.9):
-            Of the outer optimizer. With 1 and 0 it is local SGD.
-        process_group (`torch.distributed.ProcessGroup`, *optional*):
-            As in [`AveragingMixer`].
-
-    Raises:
-        ValueError: as [`AveragingMixer`], and for a learning rate that is not above 0 or a momentum outside [0, 1).
-    """
-
-    def __init__(
-        self,
-        members: nn.Module | Sequence[nn.Module],
-        *,
-        interval: int = 500,
-        learning_rate: float = 0.7,
-        momentum: float = 0.9,
-        process_group: dist.ProcessGroup | None = None,
-    ):
-        self.interval, self.learning_rate, self.momentum = interval, learning_rate, momentum
-        options = {"interval": interval, "learning_rate": learning_rate, "momentum": momentum}
-        super().__init__(members, options, process_group=process_group)
-        with torch.no_grad():
-            self._start = [nn.Parameter(tensor.to(self._dtype, copy=True)) for tensor in self._tensors[0]]
-        if self._group is not None:
-            for parameter in self._start:
-                dist.broadcast(parameter.data, dist.get_global_rank(self._group, 0), group=self._group)
-        self._outer = torch.optim.SGD(self._start, lr=learning_rate, momentum=momentum, nesterov=momentum > 0)
-
-    def _check(self) -> None:
-        check_steps(self.interval, "interval")
-        if not (isinstance(self.learning_rate, int | float) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate must be a number above 0, and is {self.learning_rate!r}.")
-        if not (isinstance(self.momentum, int | float) and 0 <= self.momentum < 1):
-            raise ValueError(f"momentum must be a number of at least 0 and below 1, and is {self.momentum!r}.")
-
-    def is_due(self, step: int) -> bool:
-        """Whether members exchange after a step, counted from 1."""
-        return step % self.interval == 0
-
-    def _apply(self, means: list[torch.Tensor], step: int) -> None:
-        for start, mean in zip(self._start, means, strict=True):
-            start.grad = start - mean
-        self._outer.step()
-        self._outer.zero_grad(set_to_none=True)
-        super()._apply([start.data for start in self._start], step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the members last met, and the outer optimizer's state."""
-        return {"start": [start.detach().clone() for start in self._start], "outer": self._outer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Take up what [`DilocoMixer.state_dict`] gave.
-
-        Raises:
-            ValueError: for the state of another method or model.
-        """
-        super().load_state_dict(state)
-        shapes = [tuple(start.shape) for start in self._start]
-        if [tuple(start.shape) for start in state["start"]] != shapes:
-            raise ValueError("The state of DilocoMixer is of another model: its tensors have other shapes.")
-        with torch.no_grad():
-            for own, start in zip(self._start, state["start"], strict=True):
-                own.copy_(start)
-        self._outer.load_state_dict(state["outer"])
 
 
 def _groups_of(members: Sequence[nn.Module], optimizers: Any) -> list[dict[str, Any] | None]:

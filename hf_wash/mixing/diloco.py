@@ -1,0 +1,90 @@
+"""[`DilocoMixer`]: the members' mean as a step of an outer optimizer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .averaging import AveragingMixer, check_steps
+
+
+class DilocoMixer(AveragingMixer):
+    """
+    Every so many steps the members' mean is taken as an outer step from where they last met: DiLoCo (Douillard et al.
+    2023, https://huggingface.co/papers/2311.08105, algorithm 1; the defaults are OpenDiLoCo's).
+
+    With g = θ_start − mean(θ_local), SGD with Nesterov momentum moves θ_start by g, and all members go on from there.
+    Inner optimizer states stay. Members are one model after each exchange, so that there is no ensemble.
+
+    Args:
+        members (`torch.nn.Module` or `list[torch.nn.Module]`):
+            As in [`AveragingMixer`]. They start from the same weights; where they differ, member 0's are the start.
+        interval (`int`, *optional*, defaults to 500):
+            H, the steps between two exchanges; the first is after step H.
+        learning_rate (`float`, *optional*, defaults to 0.7), momentum (`float`, *optional*, defaults to 0.9):
+            Of the outer optimizer. With 1 and 0 it is local SGD.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            As in [`AveragingMixer`].
+
+    Raises:
+        ValueError: as [`AveragingMixer`], and for a learning rate that is not above 0 or a momentum outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        members: nn.Module | Sequence[nn.Module],
+        *,
+        interval: int = 500,
+        learning_rate: float = 0.7,
+        momentum: float = 0.9,
+        process_group: dist.ProcessGroup | None = None,
+    ):
+        self.interval, self.learning_rate, self.momentum = interval, learning_rate, momentum
+        options = {"interval": interval, "learning_rate": learning_rate, "momentum": momentum}
+        super().__init__(members, options, process_group=process_group)
+        with torch.no_grad():
+            self._start = [nn.Parameter(tensor.to(self._dtype, copy=True)) for tensor in self._tensors[0]]
+        if self._group is not None:
+            for parameter in self._start:
+                dist.broadcast(parameter.data, dist.get_global_rank(self._group, 0), group=self._group)
+        self._outer = torch.optim.SGD(self._start, lr=learning_rate, momentum=momentum, nesterov=momentum > 0)
+
+    def _check(self) -> None:
+        check_steps(self.interval, "interval")
+        if not (isinstance(self.learning_rate, int | float) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate must be a number above 0, and is {self.learning_rate!r}.")
+        if not (isinstance(self.momentum, int | float) and 0 <= self.momentum < 1):
+            raise ValueError(f"momentum must be a number of at least 0 and below 1, and is {self.momentum!r}.")
+
+    def is_due(self, step: int) -> bool:
+        """Whether members exchange after a step, counted from 1."""
+        return step % self.interval == 0
+
+    def _apply(self, means: list[torch.Tensor], step: int) -> None:
+        for start, mean in zip(self._start, means, strict=True):
+            start.grad = start - mean
+        self._outer.step()
+        self._outer.zero_grad(set_to_none=True)
+        super()._apply([start.data for start in self._start], step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the members last met, and the outer optimizer's state."""
+        return {"start": [start.detach().clone() for start in self._start], "outer": self._outer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Take up what [`DilocoMixer.state_dict`] gave.
+
+        Raises:
+            ValueError: for the state of another method or model.
+        """
+        super().load_state_dict(state)
+        shapes = [tuple(start.shape) for start in self._start]
+        if [tuple(start.shape) for start in state["start"]] != shapes:
+            raise ValueError("The state of DilocoMixer is of another model: its tensors have other shapes.")
+        with torch.no_grad():
+            for own, start in zip(self._start, state["start"], strict=True):
+                own.copy_(start)
+        self._outer.load_state_dict(state["outer"])

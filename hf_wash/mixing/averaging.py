@@ -23,7 +23,7 @@ from .wash import ContagionError, MixStats, PlanMismatchError
 
 # At the head of a bucket: a check number of the step, its square, and how many processes want to stop. Four values, so
 # that what follows stays aligned.
-_CHECK, _SQUARE, _STOP, _HEADER = 0, 1, 2, 4
+HEADER = 4
 # Steps are compared by their remainder, small enough that sums of squares over any number of processes are exact.
 _REMAINDER = 257
 _OTHER_STEPS = (
@@ -128,10 +128,14 @@ class AveragingMixer:
         """Values that a bucket of `size` values is filled up with."""
         return 0
 
-    def _apply(self, means: list[torch.Tensor], step: int) -> None:
-        """Write into the members what follows from the means, one for each tensor that was read."""
+    def _apply(self, sums: list[torch.Tensor], step: int) -> None:
+        """Write into the members what follows from the sums over all members, one for each tensor that was read."""
         for own in self._tensors:
-            torch._foreach_copy_(own, means)
+            for tensor, total in zip(own, sums, strict=True):
+                if tensor.dtype == total.dtype:
+                    torch.div(total, self._num_members, out=tensor)  # one pass over the memory
+                else:
+                    tensor.copy_(total / self._num_members)
 
     def state_dict(self) -> dict[str, Any]:
         """What a run has to keep beside its members to go on: tensors and numbers."""
@@ -181,15 +185,14 @@ class AveragingMixer:
 
     def _exchange(self, step: int, stop: bool) -> MixStats:
         columns = self._read(step)
-        bucket, means = self._sum(columns, step, stop)
+        bucket, sums = self._sum(columns, step, stop)
         waited = 0.0
         if self._group is not None:
             began = time.perf_counter()
             dist.all_reduce(bucket, group=self._group)
             waited = time.perf_counter() - began
         stop = self._judge(bucket, columns, step)
-        bucket[_HEADER:].div_(self._num_members)
-        self._apply(means, step)
+        self._apply(sums, step)
         # What a ring sends: each process all but its own part, once to add up and once to hand out.
         sent = 2 * (self._num_processes - 1) * bucket.nbytes // self._num_processes
         return self._stats(columns, sent, stop, waited)
@@ -209,14 +212,14 @@ class AveragingMixer:
         """The sum over local members in a bucket, behind its header, and the bucket's views of each tensor."""
         sizes = [tensor.numel() for tensor in columns[0]]
         padding = self._padding(sum(sizes))
-        length = _HEADER + sum(sizes) + padding
+        length = HEADER + sum(sizes) + padding
         if self._room.numel() < length:
             self._room = torch.empty(length, dtype=self._dtype, device=self._device)
         bucket = self._room[:length]
         bucket[length - padding :] = 0
         check = step % _REMAINDER
-        bucket[:_HEADER] = torch.tensor([check, check * check, stop, 0], dtype=self._dtype)
-        parts = bucket[_HEADER : length - padding].split(sizes)
+        bucket[:HEADER] = torch.tensor([check, check * check, stop, 0], dtype=self._dtype)
+        parts = bucket[HEADER : length - padding].split(sizes)
         sums = [part.view(tensor.shape) for part, tensor in zip(parts, columns[0], strict=True)]
         torch._foreach_copy_(sums, columns[0])
         for own in columns[1:]:
@@ -225,7 +228,7 @@ class AveragingMixer:
 
     def _judge(self, bucket: torch.Tensor, columns: list[list[torch.Tensor]], step: int) -> bool:
         """Raises what a summed bucket gives reason for. Returns whether any process wants to stop."""
-        check, squares, stop, rest = torch.cat([bucket[: _HEADER - 1], bucket.sum()[None]]).tolist()
+        check, squares, stop, rest = torch.cat([bucket[: HEADER - 1], bucket.sum()[None]]).tolist()
         if check * check != squares * self._num_processes:
             raise PlanMismatchError(_OTHER_STEPS.format(step=step))
         if not math.isfinite(rest):
@@ -364,39 +367,43 @@ class PairAverageMixer(PeriodicAverageMixer):
             sorted({parent for pair in pairs[first : first + num_local] for parent in pair})
             for first in range(0, self._num_members, num_local)
         ]
-        flat = {
-            index: torch.cat([tensor.reshape(-1).to(self._dtype) for tensor in own])
-            for index, own in zip(self._members, self._tensors, strict=True)
-        }
-        stop = self._judge_all([bool(values.sum().isfinite()) for values in flat.values()], step, stop)
+        sizes = [tensor.numel() for tensor in self._tensors[0]]
+        # The members as they were, own ones first and then those that come; kept, since new memory costs more than a copy.
+        coming = [parent for parent in needed[rank] if parent not in self._members]
+        rows = [*self._members, *coming]
+        if self._room.numel() < len(rows) * length:
+            self._room = torch.empty(len(rows) * length, dtype=self._dtype, device=self._device)
+        room = self._room[: len(rows) * length].view(len(rows), length)
+        for row, own in zip(room, self._tensors, strict=False):
+            torch._foreach_copy_([part.view_as(t) for part, t in zip(row.split(sizes), own, strict=True)], own)
+        flat = dict(zip(rows, room, strict=True))
+        stop = self._judge_all([bool(row.sum().isfinite()) for row in room[:num_local]], step, stop)
         sent, waited = 0, 0.0
         if self._group is not None:
-            leaving: list[torch.Tensor] = []
-            for process, parents in enumerate(needed):
-                leaving += [flat[parent] for parent in parents if parent in flat and process != rank]
-            coming = [parent for parent in needed[rank] if parent not in flat]
+            leaving = [
+                [parent for parent in parents if parent in self._members and process != rank]
+                for process, parents in enumerate(needed)
+            ]
+            rows_out = [flat[parent] for parents in leaving for parent in parents]
+            outgoing = rows_out[0] if len(rows_out) == 1 else torch.cat([*rows_out, room.new_empty(0)])
             senders = [parent // num_local for parent in coming]
-            outgoing = torch.cat(leaving) if leaving else torch.empty(0, dtype=self._dtype, device=self._device)
-            incoming = torch.empty(len(coming) * length, dtype=self._dtype, device=self._device)
             began = time.perf_counter()
             dist.all_to_all_single(
-                incoming,
+                room[num_local:].view(-1),
                 outgoing,
                 [length * senders.count(process) for process in range(self._num_processes)],
-                [
-                    length * sum(parent in flat for parent in parents) * (process != rank)
-                    for process, parents in enumerate(needed)
-                ],
+                [length * len(parents) for parents in leaving],
                 group=self._group,
             )
             waited = time.perf_counter() - began
             sent = outgoing.nbytes
-            flat.update(zip(coming, incoming.split(length) if coming else (), strict=True))
-        sizes_of = [tensor.numel() for tensor in self._tensors[0]]
         for index, own in zip(self._members, self._tensors, strict=True):
-            one, other = pairs[index]
-            child = ((flat[one] + flat[other]) / 2).split(sizes_of)
-            torch._foreach_copy_(own, [part.view(tensor.shape) for part, tensor in zip(child, own, strict=True)])
+            parents = (flat[parent].split(sizes) for parent in pairs[index])
+            for tensor, one, other in zip(own, *parents, strict=True):
+                if tensor.dtype == self._dtype:
+                    torch.lerp(one.view_as(tensor), other.view_as(tensor), 0.5, out=tensor)
+                else:
+                    tensor.copy_(one.view_as(tensor).lerp(other.view_as(tensor), 0.5))
         return self._stats(self._tensors, sent, stop, waited)
 
     def _judge_all(self, fine: list[bool], step: int, stop: bool) -> bool:
@@ -486,10 +493,16 @@ class PapaMixer(AveragingMixer):
             batch %= self.steps_per_epoch
         return batch % self.interval == 0
 
-    def _apply(self, means: list[torch.Tensor], step: int) -> None:
+    def _apply(self, sums: list[torch.Tensor], step: int) -> None:
         for own, group, base in zip(self._tensors, self._groups, self._base, strict=True):
             assert group is not None
-            _pull(own, means, min(1.0, self.rate * float(group["lr"]) / base))
+            rate = min(1.0, self.rate * float(group["lr"]) / base)
+            if all(tensor.dtype == self._dtype for tensor in own):
+                torch._foreach_mul_(own, 1 - rate)
+                torch._foreach_add_(own, sums, alpha=rate / self._num_members)
+                continue
+            for tensor, total in zip(own, sums, strict=True):
+                tensor.copy_(tensor.to(self._dtype).mul_(1 - rate).add_(total, alpha=rate / self._num_members))
 
 
 def _groups_of(members: Sequence[nn.Module], optimizers: Any) -> list[dict[str, Any] | None]:
@@ -497,13 +510,3 @@ def _groups_of(members: Sequence[nn.Module], optimizers: Any) -> list[dict[str, 
     optimizers = [optimizers] if not isinstance(optimizers, Sequence) else list(optimizers)
     groups = {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     return [next((groups[id(p)] for p in member.parameters() if id(p) in groups), None) for member in members]
-
-
-def _pull(tensors: list[torch.Tensor], means: list[torch.Tensor], rate: float) -> None:
-    """Move tensors a part of the way to their means; half-precision ones by a computation in the means' precision."""
-    same = [tensor.dtype == mean.dtype for tensor, mean in zip(tensors, means, strict=True)]
-    if all(same):
-        torch._foreach_lerp_(tensors, means, rate)
-        return
-    for tensor, mean in zip(tensors, means, strict=True):
-        tensor.copy_(tensor.to(mean.dtype).lerp_(mean, rate))

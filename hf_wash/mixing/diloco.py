@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .averaging import AveragingMixer, check_steps
+from .averaging import HEADER, AveragingMixer, check_steps
 
 
 class DilocoMixer(AveragingMixer):
@@ -45,11 +45,10 @@ class DilocoMixer(AveragingMixer):
         options = {"interval": interval, "learning_rate": learning_rate, "momentum": momentum}
         super().__init__(members, options, process_group=process_group)
         with torch.no_grad():
-            self._start = [nn.Parameter(tensor.to(self._dtype, copy=True)) for tensor in self._tensors[0]]
+            self._start = nn.Parameter(torch.cat([t.reshape(-1).to(self._dtype) for t in self._tensors[0]]))
         if self._group is not None:
-            for parameter in self._start:
-                dist.broadcast(parameter.data, dist.get_global_rank(self._group, 0), group=self._group)
-        self._outer = torch.optim.SGD(self._start, lr=learning_rate, momentum=momentum, nesterov=momentum > 0)
+            dist.broadcast(self._start.data, dist.get_global_rank(self._group, 0), group=self._group)
+        self._outer = torch.optim.SGD([self._start], lr=learning_rate, momentum=momentum, nesterov=momentum > 0)
 
     def _check(self) -> None:
         check_steps(self.interval, "interval")
@@ -62,16 +61,19 @@ class DilocoMixer(AveragingMixer):
         """Whether members exchange after a step, counted from 1."""
         return step % self.interval == 0
 
-    def _apply(self, means: list[torch.Tensor], step: int) -> None:
-        for start, mean in zip(self._start, means, strict=True):
-            start.grad = start - mean
+    def _apply(self, sums: list[torch.Tensor], step: int) -> None:
+        # In the bucket itself, where the sums lie one behind the other.
+        total = self._room[HEADER : HEADER + self._start.numel()]
+        self._start.grad = total.div_(-self._num_members).add_(self._start)
         self._outer.step()
-        self._outer.zero_grad(set_to_none=True)
-        super()._apply([start.data for start in self._start], step)
+        self._start.grad = None
+        for own in self._tensors:
+            parts = self._start.data.split([tensor.numel() for tensor in own])
+            torch._foreach_copy_(own, [part.view_as(tensor) for part, tensor in zip(parts, own, strict=True)])
 
     def state_dict(self) -> dict[str, Any]:
         """Where the members last met, and the outer optimizer's state."""
-        return {"start": [start.detach().clone() for start in self._start], "outer": self._outer.state_dict()}
+        return {"start": self._start.detach().clone(), "outer": self._outer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
@@ -81,10 +83,11 @@ class DilocoMixer(AveragingMixer):
             ValueError: for the state of another method or model.
         """
         super().load_state_dict(state)
-        shapes = [tuple(start.shape) for start in self._start]
-        if [tuple(start.shape) for start in state["start"]] != shapes:
-            raise ValueError("The state of DilocoMixer is of another model: its tensors have other shapes.")
+        if state["start"].shape != self._start.shape:
+            raise ValueError(
+                f"The state of DilocoMixer is of another model, of {state['start'].numel()} parameters instead of "
+                f"{self._start.numel()}."
+            )
         with torch.no_grad():
-            for own, start in zip(self._start, state["start"], strict=True):
-                own.copy_(start)
+            self._start.copy_(state["start"])
         self._outer.load_state_dict(state["outer"])

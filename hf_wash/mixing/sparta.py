@@ -75,12 +75,15 @@ class SpartaMixer(AveragingMixer):
             for number, (begin, end) in enumerate(itertools.pairwise(offsets.tolist()))
             if end > begin
         ]
-        return [
-            [torch.cat([own[number].reshape(-1)[at].to(self._dtype) for number, at in self._chosen])]
-            if self._chosen
-            else [torch.empty(0, dtype=self._dtype, device=self._device)]
-            for own in self._tensors
-        ]
+        return [[self._picked(own)] for own in self._tensors]
+
+    def _picked(self, own: list[torch.Tensor]) -> torch.Tensor:
+        """A member's selected values, tensor after tensor."""
+        sizes = [len(at) for _, at in self._chosen]
+        values = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
+        for (number, at), part in zip(self._chosen, values.split(sizes), strict=True):
+            part.copy_(torch.take(own[number], at))
+        return values
 
     def _padding(self, size: int) -> int:
         # Were the buckets of two steps of different lengths, then processes that come with different steps would not
@@ -90,12 +93,8 @@ class SpartaMixer(AveragingMixer):
             length *= 2
         return length - size
 
-    def _apply(self, means: list[torch.Tensor], step: int) -> None:
-        parts = means[0].split([len(at) for _, at in self._chosen])
+    def _apply(self, sums: list[torch.Tensor], step: int) -> None:
+        parts = (sums[0] / self._num_members).split([len(at) for _, at in self._chosen])
         for own in self._tensors:
             for (number, at), part in zip(self._chosen, parts, strict=True):
-                tensor = own[number]
-                if tensor.is_contiguous():
-                    tensor.view(-1)[at] = part.to(tensor.dtype)
-                else:
-                    tensor[torch.unravel_index(at, tensor.shape)] = part.to(tensor.dtype)
+                own[number].put_(at, part.to(own[number].dtype))

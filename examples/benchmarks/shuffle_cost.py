@@ -29,7 +29,8 @@ import platform
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import timm
@@ -84,7 +85,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 class Floor:
     """The bare transfer of as many values: nothing is checked, ordered or counted."""
 
-    def __init__(self, tensors: list[torch.Tensor], counts: list[int], device: torch.device):
+    def __init__(self, tensors: Sequence[torch.Tensor], counts: list[int], device: torch.device):
         generator = np.random.default_rng(0)
         places = [np.sort(generator.choice(t.numel(), k, replace=False)) for t, k in zip(tensors, counts, strict=True)]
         used = [(t.detach().view(-1), p) for t, p in zip(tensors, places, strict=True) if len(p)]
@@ -92,6 +93,7 @@ class Floor:
         self.send, self.receive = (torch.zeros(self.size, device=device) for _ in range(2))
         # Its own values come back, so that the model stays what it is.
         bounds = np.cumsum([0, *(len(p) for _, p in used)])
+        self.pieces: list[tuple[Any, ...]]  # NumPy's arrays or torch's
         if device.type == "cpu":
             send, receive = self.send.numpy(), self.receive.numpy()
             self.pieces = [
@@ -281,7 +283,7 @@ def measure_averaging(name: str, rounds: int, device: torch.device, local: int) 
         size = stats.bytes_sent if what == "PAPA-2" else stats.bytes_sent * world // (2 * (world - 1))
         times: dict[str, list[float]] = {"mix": [], "collective": []}
         for step in range(2, rounds + 3):
-            calls = {
+            calls: dict[str, Callable[[], object]] = {
                 "mix": functools.partial(mixer.mix, step),
                 "collective": functools.partial(collective, what, size),
             }
@@ -310,7 +312,7 @@ def main():
     args = parser.parse_args()
 
     distributed = "RANK" in os.environ
-    device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if distributed:
@@ -342,12 +344,12 @@ def main():
                 "\n| model | mixer | MB sent | exchange | collective | exchange / collective |\n|---|---|---|---|---|---|"
             )
         for name in args.models:
-            for row in measure_averaging(name, args.rounds, device, local):
-                averaging.append(row)
+            for found in measure_averaging(name, args.rounds, device, local):
+                averaging.append(found)
                 if first:
                     print(
-                        f"| {name} | {row['mixer']} | {row['bytes_sent'] / 1e6:.3g} | {row['mix_ms']:.3g} | "
-                        f"{row['collective_ms']:.3g} | {row['ratio']:.2f} |",
+                        f"| {name} | {found['mixer']} | {found['bytes_sent'] / 1e6:.3g} | {found['mix_ms']:.3g} | "
+                        f"{found['collective_ms']:.3g} | {found['ratio']:.2f} |",
                         flush=True,
                     )
     if first and args.json:

@@ -2,9 +2,10 @@
 
 from .averaging import PairAverageMixer, PapaMixer, PeriodicAverageMixer
 from .diloco import DilocoMixer
+from .outcome import ContagionError, MixStats, PlanMismatchError
 from .schedule import expected_values_moved, layer_probabilities, schedule_probabilities, shuffled_layers
 from .sparta import SpartaMixer
-from .wash import ContagionError, MixStats, PlanMismatchError, WashMixer
+from .wash import WashMixer
 
 
 __all__ = [

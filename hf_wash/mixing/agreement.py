@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..architecture import describe_architecture, unlike
 from .memory import aligned, overlaps
 from .optimizer_state import Layout, common_layout
 from .schedule import plain_name, shuffled_layers
@@ -25,30 +26,10 @@ def processes(process_group: dist.ProcessGroup | None) -> tuple[dist.ProcessGrou
     return (group if size > 1 else None), rank, size
 
 
-def architecture(model: nn.Module) -> list[tuple[str, str]]:
-    """Each parameter's name, and what there is to say of it."""
-    return [
-        (plain_name(name), f"shape {tuple(p.shape)}, {p.dtype}, {'trainable' if p.requires_grad else 'frozen'}")
-        for name, p in model.named_parameters()
-    ]
-
-
-def difference(expected: list[tuple[str, str]], found: list[tuple[str, str]]) -> str | None:
-    """The first difference of two architectures, in words."""
-    for (name, what), (other_name, other) in zip(expected, found, strict=False):
-        if name != other_name:
-            return f"has the parameter {other_name!r} where the other has {name!r}"
-        if what != other:
-            return f"has the parameter {name!r} with {other}, and the other with {what}"
-    if len(expected) != len(found):
-        longer, has = (expected, "lacks") if len(expected) > len(found) else (found, "has")
-        return f"{has} the parameter {longer[min(len(expected), len(found))][0]!r}, unlike the other"
-    return None
-
-
-def unlike(member: int, other: int, difference: str | None) -> str:
-    """That two members differ, in a sentence."""
-    return f"Member {member} does not have the architecture of member {other}: it {difference}."
+def architecture(model: nn.Module) -> list[tuple]:
+    """What has to be alike in all members: their parameters, however they are compiled. Buffers are not touched."""
+    names = {name for name, _ in model.named_parameters()}
+    return [(plain_name(name), *told) for name, *told in describe_architecture(model) if name in names]
 
 
 def check_members(members: Sequence[nn.Module], numbers: range) -> list[dict[str, nn.Parameter]]:
@@ -72,9 +53,8 @@ def check_members(members: Sequence[nn.Module], numbers: range) -> list[dict[str
         raise ValueError("This process was given no members; every process needs at least one.")
     architectures = [architecture(member) for member in members]
     for number, theirs in zip(numbers, architectures, strict=True):
-        differing = difference(architectures[0], theirs)
-        if differing:
-            raise ValueError(unlike(number, numbers[0], differing))
+        if problem := unlike(architectures[0], theirs, numbers[0], number):
+            raise ValueError(problem)
     parameters = [
         {name: parameter for layer in shuffled_layers(member).values() for name, parameter in layer.items()}
         for member in members
@@ -128,7 +108,7 @@ def agree(group: dist.ProcessGroup, error: str | None, description: dict, layout
                 continue
             if key == "architecture":
                 first = process * reference["number of members"]
-                return unlike(first, 0, difference(value, other[key])), ()
+                return unlike(value, other[key], 0, first), ()
             return (
                 f"Processes have to agree on the {key}: process 0 has {value!r} and process {process} {other[key]!r}.",
                 (),

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from .agreement import agree, architecture, check_members, processes
+from .outcome import ContagionError, MixStats, PlanMismatchError
 from .schedule import check_probability
-from .wash import ContagionError, MixStats, PlanMismatchError
 
 
 # At the head of a bucket: a check number of the step, its square, and how many processes want to stop. Four values, so

@@ -185,7 +185,7 @@ def _measured(model: nn.Module, target: Mapping[str, tuple] | None = None) -> It
     moments = {name: _Moments() for name, _ in _convolutions(model)}
 
     def hook_of(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+        def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
             channel = output.dim() - module.weight.dim() + 1  # an unbatched input has no first dimension
             others = [dim for dim in range(output.dim()) if dim != channel]
             variance, mean = torch.var_mean(output, others, correction=0, keepdim=True)

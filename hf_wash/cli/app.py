@@ -7,6 +7,7 @@ A user's mistake is one line on stderr and exit code 2; a mistake of ours is one
 import logging
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.WARNING, handlers=[Remarks()])
     try:
-        code = app(arguments or ["--help"], standalone_mode=False)
+        with warnings.catch_warnings():
+            # What libraries have to say of a folder is for who wrote it.
+            warnings.simplefilter("ignore", UserWarning)
+            code = app(arguments or ["--help"], standalone_mode=False)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

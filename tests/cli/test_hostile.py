@@ -633,3 +633,11 @@ def test_a_card_that_is_a_fifo_tells_no_license(tmp_path):
 
     os.mkfifo(tmp_path / "README.md")
     assert inherited_license(str(tmp_path)) is None
+
+
+def test_warnings_of_libraries_do_not_stand_beside_the_line(place):
+    fields("adapter_b", "adapter_config.json", peft_type="IA3")(place)
+    models = [str(place / name) for name in ("adapter_a", "adapter_b")]
+    command = [sys.executable, "-m", "hf_wash.cli", "soup", *models, "--out", str(place / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "peft_type" in done.stderr, done.stderr

@@ -5,6 +5,7 @@ What becomes of their predictions is `evaluation`'s work.
 """
 
 import copy
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +13,11 @@ from torch import nn
 from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
 from ..population import Population
+from ..population.agreement import check_agreement
 from . import evaluation
 from .member import Member, as_member
 from .served_soup import ServedSoup
@@ -37,6 +39,7 @@ class Evaluating(Trainer):
 
         @property
         def members(self) -> list[Member]: ...
+        def _told_to_all(self) -> AbstractContextManager[None]: ...
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """
@@ -50,7 +53,7 @@ class Evaluating(Trainer):
             `dict[str, float]`: `eval_<metric>` of the soup, `eval_ensemble_<metric>` (mean of probabilities),
             `eval_member_<i>_<metric>`, and `eval_members_<metric>_mean`, `_min`, `_max`; `<metric>` includes `loss`.
         """
-        with self._as_soup():
+        with self._told_to_all(), self._as_soup():
             before, self._evaluating = self._evaluating, True
             try:
                 return super().evaluate(*args, **kwargs)
@@ -59,7 +62,7 @@ class Evaluating(Trainer):
 
     def predict(self, *args, **kwargs):
         """The soup's predictions. Call on every process."""
-        with self._as_soup():
+        with self._told_to_all(), self._as_soup():
             return super().predict(*args, **kwargs)
 
     def evaluation_loop(
@@ -85,6 +88,8 @@ class Evaluating(Trainer):
             preprocess=self.preprocess_logits_for_metrics,
         )
         models = self._members_for_evaluation()
+        batches = len(dataloader) if has_length(dataloader) else "a stream"
+        check_agreement(self.population, {"batches to evaluate on": batches})
         self._beside, self._beside_models = beside, models
         try:
             output = super().evaluation_loop(dataloader, *options)

@@ -113,10 +113,12 @@ def _is_lost_connection(error: BaseException) -> bool:
 def _who_is_missing(mine: dict, notes: dict[int, dict], missing: set[int], timeout: float, late: bool) -> str:
     given = f"{timeout:g} s (`ddp_timeout`)"
     if missing:
-        names = f"Process{'es' if len(missing) > 1 else ''} {' and '.join(map(str, sorted(missing)))}"
+        several = len(missing) > 1
+        names = f"Process{'es' if several else ''} {' and '.join(map(str, sorted(missing)))}"
         if mine["timed_out"] or any(theirs["timed_out"] for theirs in notes.values()):
             return f"{names} did not come to {mine['where']} within {given}."
-        return f"{names} was lost at {mine['where']}: killed, or its machine cannot be reached."
+        what = "were lost" if several else "was lost"
+        return f"{names} {what} at {mine['where']}: ended or killed, or out of reach."
     places = {**{number: theirs["where"] for number, theirs in notes.items()}, mine["rank"]: mine["where"]}
     listing = ", ".join(f"process {number} at {place}" for number, place in sorted(places.items()))
     if late and not mine["timed_out"]:

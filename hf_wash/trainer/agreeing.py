@@ -4,7 +4,6 @@
 What is compared, and how, is the work of `population.agreement` and `population.examples`.
 """
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from ..population import MemberOverrides, Population
 from ..population.agreement import check_together, describe_architecture, weights_digest
 from ..population.examples import check_same_examples
 from ..population.failures import told_to_all
-from .data import has_labels
+from .data import has_labels, how_many
 from .member import Member, as_member
 
 
@@ -71,7 +70,7 @@ class Agreeing(Trainer):
         facts["resuming"] = asked if asked in ("none", "false", "true", "auto") else "from a folder"
         facts["architecture"] = describe_architecture(self.population.wholes[0])
         facts["overrides"] = [overrides.describe() for overrides in self._overrides]
-        facts["examples to evaluate on"] = _how_many(self.eval_dataset)
+        facts["examples to evaluate on"] = how_many(self.eval_dataset)
         facts["compute_metrics"] = self.compute_metrics is not None
         facts["preprocess_logits_for_metrics"] = self.preprocess_logits_for_metrics is not None
         facts["torch"] = torch.__version__
@@ -79,7 +78,7 @@ class Agreeing(Trainer):
 
     def _what_must_agree_about_steps(self, steps_per_epoch: int) -> dict[str, Any]:
         facts: dict[str, Any] = {"steps per epoch": steps_per_epoch, "steps": self._total_steps}
-        facts["examples to train on"] = _how_many(self.train_dataset)
+        facts["examples to train on"] = how_many(self.train_dataset)
         if self.args.same_init and self._trainings == 1 and self._resume is None:
             facts["initial weights"] = weights_digest(self.population.members[0])
         return facts
@@ -133,12 +132,3 @@ class Agreeing(Trainer):
                     f"The training set of member {member.index} has no labels: a batch has none of "
                     f"{', '.join(self.label_names)}."
                 )
-
-
-def _how_many(data: Any) -> Any:
-    """The number of examples, by name where there are several sets."""
-    if isinstance(data, Mapping):
-        return {name: _how_many(part) for name, part in data.items()}
-    if data is None:
-        return "no data set"
-    return len(data) if has_length(data) else "a stream"

@@ -13,12 +13,13 @@ from torch import nn
 from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..population import Population
 from ..population.agreement import check_agreement
 from . import evaluation
+from .data import how_many
 from .member import Member, as_member
 from .served_soup import ServedSoup
 
@@ -88,8 +89,7 @@ class Evaluating(Trainer):
             preprocess=self.preprocess_logits_for_metrics,
         )
         models = self._members_for_evaluation()
-        batches = len(dataloader) if has_length(dataloader) else "a stream"
-        check_agreement(self.population, {"batches to evaluate on": batches})
+        check_agreement(self.population, {"examples to evaluate on": how_many(getattr(dataloader, "dataset", None))})
         self._beside, self._beside_models = beside, models
         try:
             output = super().evaluation_loop(dataloader, *options)

@@ -507,9 +507,9 @@ class PopulationMixin(Populating, Agreeing, Serving, Evaluating, Checkpointing, 
             logs.update(line)
             # Trainer has added its own mean, whose rounding depends on the number of processes.
             self._total_loss_scalar = total
-        if self._evaluating:
-            timed = {key: value for key, value in logs.items() if key.endswith(("_runtime", "_per_second"))}
-            logs.update(self.population.broadcast(timed))
+        if self._evaluating and any(key.endswith("_runtime") for key in logs):
+            # What depends on the clock, on a GPU's last bit or on chance is process 0's, for the best model is to be one.
+            logs.update(self.population.broadcast(dict(logs)))
         super().log(logs, *args, **kwargs)
         if is_the_line:
             self._requests.agree("on_log", self.state, self.control)
@@ -555,14 +555,14 @@ class PopulationMixin(Populating, Agreeing, Serving, Evaluating, Checkpointing, 
                 if path.name not in {f"member_{index}" for index in range(self.population.size)}:
                     logger.warning(f"`{path}` is removed: it is not of this population.")
                     shutil.rmtree(path)
-        with self.population.streams.use(None):
+        with self._told_to_all(), self.population.streams.use(None):
             for member in self.members:
                 place = os.path.join(folder, f"member_{member.index}")
                 with as_member(self, member):
                     self._save(place)
                 # What is said once, at the root.
                 Path(place, "training_args.bin").unlink(missing_ok=True)
-        self.population.gather_processes(None)
+            self.population.gather_processes(None)
 
     def _check_export_folder(self) -> None:
         """*Collective.* Find out before training, not at its end, that the soup cannot be written where it should go."""

@@ -78,7 +78,7 @@ class Requests:
         self._group: weakref.ref | None = None
 
     def __enter__(self) -> "Requests":
-        if self._world_size > 1 and "gloo" not in str(dist.get_backend()):
+        if self._world_size > 1 and not _default_group_is_on_the_host():
             # A request lies on the host: over NCCL it would wait for the device.
             group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self._timeout))
             self._group = weakref.ref(group)
@@ -134,3 +134,7 @@ class Requests:
             raise known_to_all(RuntimeError(f"Processes do not go through one run: {', '.join(where)}."))
         for flag, value in zip(FLAGS, told[:, 2:].amax(0).tolist(), strict=True):
             setattr(control, flag, bool(value))
+
+
+def _default_group_is_on_the_host() -> bool:
+    return "gloo" in str(dist.get_backend())

@@ -3,6 +3,7 @@ Two processes, one of which fails, stands still, or differs from the other. `fai
 `FOLDER/<mode>/said-<rank>.txt`.
 """
 
+import functools
 import os
 import sys
 import time
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import forked_processes
 import torch
+from accelerate import PartialState
 from small_population import TEST, TRAIN, Digits, population, started
 from transformers import TrainerCallback
 
@@ -24,10 +26,10 @@ folder = Path(sys.argv[1])
 
 
 class At(TrainerCallback):
-    """Does something on process 1 at the end of step 3."""
+    """Does something on one process at the end of step 3."""
 
-    def __init__(self, rank, work, everywhere=False):
-        self.acts, self.work = rank == 1 or everywhere, work
+    def __init__(self, rank, work, everywhere=False, on=1):
+        self.acts, self.work = rank == on or everywhere, work
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.acts and state.global_step == 3:
@@ -38,9 +40,9 @@ def fail(text="this one"):
     raise KeyError(text)
 
 
-def trained(rank, *callbacks, **options):
-    trainer = options.pop("trainer", {})
-    made = population(folder / "run", size=2, trainer={"callbacks": list(callbacks), **trainer}, **options)
+def trained(rank, *callbacks, size=2, trainer=None, **options):
+    trainer = {"callbacks": list(callbacks), **(trainer or {})}
+    made = population(folder / "run", size=size, trainer=trainer, **options)
     made.train()
     return f"{made.state.global_step} steps"
 
@@ -80,7 +82,7 @@ def refused_setting(rank):
 
 
 def model_init(rank):
-    return trained(rank, trainer={"model_init": (lambda: fail()) if rank else started, "model": None})
+    return trained(rank, trainer={"model_init": (lambda: fail()) if rank else (lambda: started()), "model": None})
 
 
 def evaluation_set_missing(rank):
@@ -136,6 +138,10 @@ def callback(rank):
     return trained(rank, At(rank, fail))
 
 
+def first_process(rank):
+    return trained(rank, At(rank, fail, on=0))
+
+
 def callback_with_mixing_off(rank):
     return trained(rank, At(rank, fail), mixing="independent", same_init=True)
 
@@ -160,6 +166,7 @@ def model(rank):
     made = started()
     forward, calls = made.forward, []
 
+    @functools.wraps(forward)
     def failing(*args, **kwargs):
         calls.append(1)
         if rank == 1 and len(calls) > 3:
@@ -185,7 +192,7 @@ def evaluating(rank):
 
 
 def other_evaluation_set(rank):
-    population(folder / "run", size=2).evaluate(Digits(1000, 1037 + 16 * rank))
+    population(folder / "run", size=2).evaluate(Digits(1000, 1037 + rank))
 
 
 def damaged_checkpoint(rank):
@@ -203,15 +210,28 @@ def leaves(rank):
 
 
 def stands_still(rank):
-    began = time.monotonic()
     try:
         return trained(rank, At(rank, lambda: time.sleep(9)), ddp_timeout=4)
     finally:
-        (folder / f"seconds-{rank}.txt").write_text(str(time.monotonic() - began))
+        if not rank:
+            time.sleep(6)  # with the store, which a launcher would hold
 
 
 def killed(rank):
     return trained(rank, At(rank, lambda: os._exit(1)))
+
+
+def callback_of_three(rank):
+    return trained(rank, At(rank, fail), size=3)
+
+
+def stands_still_of_three(rank):
+    PartialState(cpu=True)  # a script that has made the group before, with the library's timeout
+    return trained(rank, At(rank, lambda: time.sleep(9)), size=3, ddp_timeout=4)
+
+
+def killed_of_three(rank):
+    return trained(rank, At(rank, lambda: os._exit(1)), size=3)
 
 
 # ---- All alike -----------------------------------------------------------------------------------------------------
@@ -228,4 +248,4 @@ def together(rank):
 if __name__ == "__main__":
     for mode in sys.argv[2:]:
         folder = Path(sys.argv[1]) / mode
-        forked_processes.run(globals()[mode], folder, 2)
+        forked_processes.run(globals()[mode], folder, 3 if mode.endswith("_of_three") else 2)

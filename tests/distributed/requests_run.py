@@ -6,6 +6,7 @@ What a callback asks for on process 1 alone, on two processes, and what the only
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 
@@ -15,6 +16,8 @@ import forked_processes
 import torch
 from small_population import outcome, population
 from transformers import TrainerCallback
+
+from hf_wash.trainer import requests
 
 
 torch.set_num_threads(1)
@@ -68,6 +71,26 @@ def asked(folder, event, flag, options, rank):
     return json.dumps({**outcome(trainer), "step": trainer.state.global_step, "saved": saved})
 
 
+def stop_beside_nccl(rank):
+    """As if the default group could not carry what lies on the host."""
+    requests._default_group_is_on_the_host = lambda: False
+    return asked(folder, "on_step_end", "should_training_stop", {}, rank)
+
+
+def chance(rank):
+    """A metric that is chance, by which the best model is chosen and saved."""
+    trainer = population(
+        folder / "run",
+        size=2,
+        save_strategy="best",
+        metric_for_best_model="chance",
+        eval_steps=1,
+        trainer={"compute_metrics": lambda _: {"chance": time.perf_counter() * (-1) ** rank}},
+    )
+    trainer.train()
+    return trainer.state.best_global_step
+
+
 def logs_alone(rank):
     global trainer
     callbacks = [OnOneProcess()] if rank else []
@@ -78,9 +101,9 @@ def logs_alone(rank):
 
 if __name__ == "__main__":
     for name in sys.argv[2:]:
-        if name == "logs_alone":
+        if name not in REQUESTS:
             folder = Path(sys.argv[1]) / name
-            forked_processes.run(logs_alone, folder, 2)
+            forked_processes.run(globals()[name], folder, 2)
             continue
         for processes in (1, 2):
             folder = Path(sys.argv[1]) / f"{name}-on-{processes}"

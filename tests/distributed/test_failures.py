@@ -35,7 +35,7 @@ REASONS = {
 DIFFERENCES = {
     "evaluation_set_missing": "examples to evaluate on: 37 against 'no data set'",
     "evaluation_set_longer": "examples to evaluate on: 37 against 38",
-    "other_evaluation_set": "batches to evaluate on: 3 against 4",
+    "other_evaluation_set": "examples to evaluate on: 37 against 38",
     "save_strategy": "option save_strategy: 'no' against 'steps'",
     "other_data": "Processes 0 and 1 do not have the same training data: example 0 of 330 differs.",
     "resumes_alone": "resuming: 'none' against 'auto'",
@@ -45,13 +45,19 @@ FINE = {
     "a_bad_example_that_is_not_drawn": "2 steps",
     "together": "'this one', then 4 steps",
 }
+# Of three processes it is the second one; what the two others say.
+OF_THREE = {
+    "callback_of_three": "RuntimeError: Process 1: KeyError: 'this one'",
+    "stands_still_of_three": "RuntimeError: Process 1 did not come to step 3 within 4 s (`ddp_timeout`).",
+    "killed_of_three": "RuntimeError: Process 1 was lost at step 3",
+}
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     """What each process said in each mode: one launch for all."""
     folder = tmp_path_factory.mktemp("failures")
-    modes = [*REASONS, *DIFFERENCES, *FINE, "stands_still", "killed"]
+    modes = [*REASONS, *DIFFERENCES, *FINE, *OF_THREE, "first_process", "stands_still", "killed"]
     subprocess.run(
         [sys.executable, str(SCRIPT), str(folder), *modes],
         timeout=900,
@@ -91,6 +97,19 @@ def test_a_process_that_stands_still_is_named_after_the_users_time(said):
 
 def test_a_process_that_was_killed_is_named(said):
     assert said("killed", 0).startswith("RuntimeError: Process 1 was lost at step 3")
+
+
+@pytest.mark.parametrize("mode", OF_THREE)
+def test_two_others_say_the_same(said, mode):
+    for rank in (0, 2):
+        assert said(mode, rank).startswith(OF_THREE[mode])
+
+
+def test_the_process_that_holds_the_store_may_fail_too(said):
+    assert [said("first_process", rank) for rank in range(2)] == [
+        "KeyError: 'this one'",
+        "RuntimeError: Process 0: KeyError: 'this one'",
+    ]
 
 
 def test_a_launcher_that_ends_all_lets_the_others_say_why(tmp_path, launch):

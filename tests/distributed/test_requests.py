@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).with_name("requests_run.py")
 def said(tmp_path_factory):
     """What each process said of each request: one launch for all."""
     folder = tmp_path_factory.mktemp("requests")
-    command = [sys.executable, str(SCRIPT), str(folder), *REQUESTS, "logs_alone"]
+    command = [sys.executable, str(SCRIPT), str(folder), *REQUESTS, "logs_alone", "stop_beside_nccl", "chance"]
     subprocess.run(command, timeout=600, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True)
     return lambda name, rank: (folder / name / f"said-{rank}.txt").read_text()
 
@@ -51,3 +51,11 @@ def test_requests_have_their_effect(said):
 
 def test_logging_on_one_process_alone_is_no_request(said):
     assert [said("logs_alone", rank) for rank in range(2)] == ["12", "12"]
+
+
+def test_requests_have_a_group_of_their_own_where_the_default_one_is_not_on_the_host(said):
+    assert said("stop_beside_nccl", 0) == said("stop_beside_nccl", 1) == said("stop-on-2", 0)
+
+
+def test_the_best_model_is_one_even_where_metrics_are_chance(said):
+    assert [said("chance", rank) for rank in range(2)] == ["12", "12"]

@@ -5,41 +5,26 @@ What is compared, and how, is the work of `population.agreement` and `population
 """
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from ..population import MemberOverrides, Population
-from ..population.agreement import check_together, describe_architecture, weights_digest
+from ..architecture import describe_architecture
+from ..population.agreement import check_together, weights_digest
 from ..population.examples import check_same_examples
 from ..population.failures import told_to_all
 from .data import has_labels, how_many
-from .member import Member, as_member
+from .member import as_member
+from .part import Part
 
 
-class Agreeing(Trainer):
+class Agreeing(Part):
     """The part of a population's Trainer that finds out what is wrong, and tells all processes."""
-
-    population: Population
-    _overrides: list[MemberOverrides]
-    _total_steps: int
-    _trainings: int
-    _resume: dict[str, Any] | None
 
     # Ways of computing a loss that leave it to the model.
     _losses_of_models: tuple = (Trainer.compute_loss,)
-
-    if TYPE_CHECKING:
-
-        @property
-        def _holds_out(self) -> bool: ...
-        @property
-        def members(self) -> list[Member]: ...
-
-        def _bring_members_up_to_date(self) -> None: ...
-        def _data_of(self, index: int) -> Any: ...
 
     def _told_to_all(self) -> AbstractContextManager[None]:
         """A block whose failure on one process ends it on all, with that process's reason."""

@@ -8,7 +8,9 @@ anything while all goes well, and each wait in it has an end.
 """
 
 import contextlib
+import functools
 import json
+import os
 import threading
 import time
 import weakref
@@ -78,7 +80,13 @@ def _tell(error: BaseException, where: str, timeout: float) -> str | None:
         "timed_out": lost and "imed out" in str(error),
     }
     board = _Board(dist.distributed_c10d._get_default_store(), _over.get(group, 0))  # torch has no public name for it
-    notes = board.pin_and_look(note, others, 0.0 if lost else ALIKE)
+    if lost:
+        # A note says that its process has read the others', which may take the store with them when they end.
+        notes = board.look(others, 0.0)
+        board.pin(note)
+    else:
+        board.pin(note)
+        notes = board.look(others, ALIKE)
     everyone_first = others <= notes.keys()
     if not lost and everyone_first and all(theirs["reason"] for theirs in notes.values()):
         _over[group] = board.seen
@@ -90,7 +98,8 @@ def _tell(error: BaseException, where: str, timeout: float) -> str | None:
         board.look(others, HEARD)
         time.sleep(PRINTED)
         return None
-    if not any(theirs["reason"] for theirs in notes.values()):
+    holds_the_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if holds_the_store or not any(theirs["reason"] for theirs in notes.values()):
         notes = board.look(others, ALIKE)
     reasons = [f"Process {number}: {theirs['reason']}" for number, theirs in sorted(notes.items()) if theirs["reason"]]
     if reasons:
@@ -139,16 +148,14 @@ class _Board:
         self._store, self.seen = store, seen
         self._notes: dict[int, dict] = {}
 
-    def pin_and_look(self, note: dict, ranks: set[int], seconds: float) -> dict[int, dict]:
-        """Pin a note; then as [`look`]."""
+    @functools.cached_property
+    def _own(self) -> Any:
+        """A connection of its own: another thread may hold that of the group."""
+        return self._store.clone() if hasattr(self._store, "clone") else self._store
 
-        def pin() -> None:
-            # A connection of its own: another thread may hold that of the group.
-            self._store = self._store.clone() if hasattr(self._store, "clone") else self._store
-            self._store.set(f"{_BOARD}/{self._store.add(_BOARD, 1)}", json.dumps(note))
-
-        _within(ANSWER, pin)
-        return self.look(ranks, seconds)
+    def pin(self, note: dict) -> None:
+        """Put up a note."""
+        _within(ANSWER, lambda: self._own.set(f"{_BOARD}/{self._own.add(_BOARD, 1)}", json.dumps(note)))
 
     def look(self, ranks: set[int], seconds: float) -> dict[int, dict]:
         """The others' notes by their ranks, as soon as all of `ranks` have pinned one, at the latest after `seconds`."""
@@ -156,9 +163,9 @@ class _Board:
 
         def read() -> None:
             while True:
-                while self._store.check([f"{_BOARD}/{self.seen + 1}"]):
+                while self._own.check([f"{_BOARD}/{self.seen + 1}"]):
                     self.seen += 1
-                    note = json.loads(self._store.get(f"{_BOARD}/{self.seen}"))
+                    note = json.loads(self._own.get(f"{_BOARD}/{self.seen}"))
                     self._notes.setdefault(note["rank"], note)
                 if ranks <= self._notes.keys() or time.monotonic() >= end:
                     return

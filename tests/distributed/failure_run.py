@@ -211,10 +211,10 @@ def leaves(rank):
 
 def stands_still(rank):
     try:
-        return trained(rank, At(rank, lambda: time.sleep(9)), ddp_timeout=4)
+        return trained(rank, At(rank, lambda: time.sleep(24)), ddp_timeout=8)
     finally:
         if not rank:
-            time.sleep(6)  # with the store, which a launcher would hold
+            time.sleep(20)  # with the store, which a launcher would hold
 
 
 def killed(rank):
@@ -227,7 +227,7 @@ def callback_of_three(rank):
 
 def stands_still_of_three(rank):
     PartialState(cpu=True)  # a script that has made the group before, with the library's timeout
-    return trained(rank, At(rank, lambda: time.sleep(9)), size=3, ddp_timeout=4)
+    return trained(rank, At(rank, lambda: time.sleep(14)), size=3, ddp_timeout=8)
 
 
 def killed_of_three(rank):

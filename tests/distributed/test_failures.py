@@ -48,7 +48,7 @@ FINE = {
 # Of three processes it is the second one; what the two others say.
 OF_THREE = {
     "callback_of_three": "RuntimeError: Process 1: KeyError: 'this one'",
-    "stands_still_of_three": "RuntimeError: Process 1 did not come to step 3 within 4 s (`ddp_timeout`).",
+    "stands_still_of_three": "RuntimeError: Process 1 did not come to step 3 within 8 s (`ddp_timeout`).",
     "killed_of_three": "RuntimeError: Process 1 was lost at step 3",
 }
 
@@ -91,8 +91,8 @@ def test_what_is_no_difference_and_no_failure_of_one_goes_on(said, mode):
 
 
 def test_a_process_that_stands_still_is_named_after_the_users_time(said):
-    assert said("stands_still", 0) == "RuntimeError: Process 1 did not come to step 3 within 4 s (`ddp_timeout`)."
-    assert "This process, 1, was given up by the others after 4 s (`ddp_timeout`)" in said("stands_still", 1)
+    assert said("stands_still", 0) == "RuntimeError: Process 1 did not come to step 3 within 8 s (`ddp_timeout`)."
+    assert "This process, 1, was given up by the others after 8 s (`ddp_timeout`)" in said("stands_still", 1)
 
 
 def test_a_process_that_was_killed_is_named(said):

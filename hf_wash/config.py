@@ -3,16 +3,23 @@ Every option of a population run, with its help text: [`PopulationArguments`] fo
 for the Trainer's own. What the options do lives elsewhere.
 """
 
+import contextlib
 import math
 import os
 import warnings
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.utils import logging
+
+from .population import failures
 
 
 logger = logging.get_logger(__name__)
@@ -189,12 +196,42 @@ class PopulationArguments:
             )
 
     def __post_init__(self):
-        # First, so that a wrong value is refused before devices and process groups are set up.
-        self._check_population_options()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        try:
+            # First, so that a wrong value is refused before devices and process groups are set up.
+            self._check_population_options()
+            self._make_process_group()
+            self._complete_trainer_arguments()
+        except Exception as error:
+            self._tell_the_others(error)
+            raise
+
+    def _make_process_group(self) -> None:
+        """As the Trainer's arguments (5.23) would later, but with `ddp_timeout` on a CPU, too."""
+        if not _launched_in_several():
+            return
+        if not torch.accelerator.is_available():
             # Started by `torchrun` without an accelerator, a process takes itself for the only one unless it is told
             # that the CPU is meant (accelerate 1.15).
             self.use_cpu = True
+        theirs: Any = self
+        timeout = timedelta(seconds=theirs.ddp_timeout)
+        if not dist.is_initialized():
+            if self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"):
+                PartialState(cpu=True, backend=theirs.ddp_backend, timeout=timeout)
+        elif theirs.ddp_timeout != TrainingArguments.ddp_timeout:
+            # Made by somebody else, who may have had reasons for another timeout, unless one was asked for here.
+            set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # torch 2.14
+            set_timeout(timeout)
+
+    def _tell_the_others(self, error: Exception) -> None:
+        """These have made, or will make, arguments that are fine, and would then wait."""
+        if not _launched_in_several():
+            return
+        with contextlib.suppress(Exception):
+            PartialState(cpu=not torch.accelerator.is_available() or bool(self.use_cpu))
+        failures.tell(error)
+
+    def _complete_trainer_arguments(self) -> None:
         drop_last = self.dataloader_drop_last  # type: ignore[has-type] # of the arguments behind this class
         super().__post_init__()  # type: ignore[misc] # theirs, too
         # On several processes sentence-transformers (6.2) drops the last batch, lest their numbers of batches differ. A
@@ -331,6 +368,10 @@ class WashConfig(PopulationArguments, TrainingArguments):
     if TYPE_CHECKING:
         # The Trainer's arguments have one after their `__post_init__`, whatever was given.
         output_dir: str = "trainer_output"
+
+
+def _launched_in_several() -> bool:
+    return dist.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _plain(value: Any) -> Any:

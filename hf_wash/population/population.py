@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .failures import known_to_all
 from .streams import RandomStreams
 
 
@@ -126,7 +127,7 @@ class Population:
         failures = [f"process {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
         if failures:
             clean_up()
-            raise RuntimeError(f"{what} failed ({'; '.join(failures)}).") from error
+            raise known_to_all(RuntimeError(f"{what} failed ({'; '.join(failures)}).")) from error
         return [value for value, _ in outcomes]
 
     def broadcast(self, value, source: int = 0):

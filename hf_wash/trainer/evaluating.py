@@ -13,7 +13,9 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from ..population.agreement import check_agreement
 from . import evaluation
+from .data import how_many
 from .member import as_member
 from .part import Part
 
@@ -39,7 +41,7 @@ class Evaluating(Part):
             `dict[str, float]`: `eval_<metric>` of the soup, `eval_ensemble_<metric>` (mean of probabilities),
             `eval_member_<i>_<metric>`, and `eval_members_<metric>_mean`, `_min`, `_max`; `<metric>` includes `loss`.
         """
-        with self._as_soup():
+        with self._told_to_all(), self._as_soup():
             before, self._evaluating = self._evaluating, True
             try:
                 return super().evaluate(*args, **kwargs)
@@ -48,7 +50,7 @@ class Evaluating(Part):
 
     def predict(self, *args, **kwargs):
         """The soup's predictions. Call on every process."""
-        with self._as_soup():
+        with self._told_to_all(), self._as_soup():
             return super().predict(*args, **kwargs)
 
     def evaluation_loop(
@@ -73,6 +75,7 @@ class Evaluating(Part):
             keep=compute_metrics is not None,
             preprocess=self.preprocess_logits_for_metrics,
         )
+        check_agreement(self.population, {"examples to evaluate on": how_many(getattr(dataloader, "dataset", None))})
         self._beside = beside, self._members_for_evaluation()
         try:
             output = super().evaluation_loop(dataloader, *options)

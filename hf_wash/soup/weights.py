@@ -4,7 +4,8 @@ The averages themselves are in `uniform.py` and `greedy.py`.
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,52 @@ def check_alike(reference: WeightSource, other: WeightSource, prefix: str | None
     for name in other.specs:
         if name not in reference.specs:
             raise ValueError(f"{prefix} '{name}' is missing in {reference.description}.")
+
+
+def is_finite(value: Any) -> bool:
+    """
+    Whether a tensor holds neither NaN nor infinite values, in one pass that takes no memory. What has no floating-point
+    values is finite; so is a causal mask, as some models keep it in a buffer, which is made of 0 and -inf alone.
+    """
+    if not isinstance(value, torch.Tensor) or not value.numel():
+        return True
+    value = value.detach()
+    if value.is_complex():
+        value = torch.view_as_real(value.resolve_conj())
+    if not value.is_floating_point():
+        return True
+    if value.element_size() == 1:
+        value = value.float()  # torch has no minimum of 8-bit floats (2.15)
+    low, high = torch.stack(torch.aminmax(value)).tolist()
+    if math.isfinite(low) and math.isfinite(high):
+        return True
+    return (low, high) == (-math.inf, 0.0) and bool(((value == 0) | (value == low)).all())
+
+
+def first_not_finite(tensors: Mapping[str, Any]) -> str | None:
+    """The name of the first tensor that holds NaN or infinite values; `None` if there is none."""
+    return next((name for name in tensors if not is_finite(tensors[name])), None)
+
+
+def check_finite(sources: Iterable[WeightSource]) -> None:
+    """
+    Raises:
+        ValueError: naming the members that hold NaN or infinite values, and for each the first such tensor.
+    """
+    found = []
+    for source in sources:
+        names = (name for name in source.specs if name not in source.ties)
+        name = next((name for name in names if not is_finite(source.read(name))), None)
+        if name is not None:
+            found.append((source.description, name))
+    if found:
+        raise ValueError(not_finite(found))
+
+
+def not_finite(found: Sequence[tuple[str, str]]) -> str:
+    """The error for members (their descriptions, and a tensor of each) that cannot be in a soup."""
+    listing = ", ".join(f"{description} holds NaN or infinite values in '{name}'" for description, name in found)
+    return f"{listing[0].upper()}{listing[1:]}, and so would their average: leave {'it' if len(found) == 1 else 'them'} out."
 
 
 def check_is_a_collection(members: Any) -> None:

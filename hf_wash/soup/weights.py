@@ -63,6 +63,11 @@ class WeightSource:
         """The value called `name`, or these rows of it. It may be the member's own memory: not to be written to."""
         raise NotImplementedError
 
+    def first_not_finite(self) -> str | None:
+        """The name of the first tensor that holds NaN or infinite values; `None` if there is none."""
+        names = (name for name in self.specs if name not in self.ties)
+        return next((name for name in names if not is_finite(self.read(name))), None)
+
     def read_all(self) -> dict[str, Any]:
         """The whole state dict, for who needs all of it at once."""
         return {name: self.read(name) for name in self.specs}
@@ -256,22 +261,12 @@ def is_finite(value: Any) -> bool:
     return (low, high) == (-math.inf, 0.0) and bool(((value == 0) | (value == low)).all())
 
 
-def first_not_finite(tensors: Mapping[str, Any]) -> str | None:
-    """The name of the first tensor that holds NaN or infinite values; `None` if there is none."""
-    return next((name for name in tensors if not is_finite(tensors[name])), None)
-
-
 def check_finite(sources: Iterable[WeightSource]) -> None:
     """
     Raises:
         ValueError: naming the members that hold NaN or infinite values, and for each the first such tensor.
     """
-    found = []
-    for source in sources:
-        names = (name for name in source.specs if name not in source.ties)
-        name = next((name for name in names if not is_finite(source.read(name))), None)
-        if name is not None:
-            found.append((source.description, name))
+    found = [(source.description, name) for source in sources if (name := source.first_not_finite()) is not None]
     if found:
         raise ValueError(not_finite(found))
 

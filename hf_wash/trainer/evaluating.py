@@ -83,6 +83,7 @@ class Evaluating(Trainer):
             self._ensemble_loss,
             keep=compute_metrics is not None,
             preprocess=self.preprocess_logits_for_metrics,
+            left_out=self.soup.left_out,
         )
         models = self._members_for_evaluation()
         self._beside, self._beside_models = beside, models
@@ -104,7 +105,7 @@ class Evaluating(Trainer):
 
         members = self.population.gather([summarize(own) for own in beside.members])
         ensemble = summarize(beside.ensemble) if beside.ensemble.batches else None
-        metrics = evaluation.population_metrics(members, ensemble)
+        metrics = evaluation.population_metrics(members, ensemble, self.soup.left_out)
         metrics["consensus_distance"] = self.soup.consensus_distance
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         # Rank 0's for all: a user's `compute_metrics` may be anything.

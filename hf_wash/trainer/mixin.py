@@ -532,7 +532,9 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
     def _collect_line(self) -> tuple[dict[str, float], float]:
         """*Collective.* What a log line says of the members, and the sum of this call's losses after it."""
         steps = self.state.global_step - self._globalstep_last_logged
-        line, added = self._log.line(steps, [self._learning_rate_of(index) for index in self.population.indices])
+        line, added = self._log.line(
+            self.state.global_step, steps, [self._learning_rate_of(index) for index in self.population.indices]
+        )
         sample = torch.stack([self._consensus_sample.values(whole) for whole in self.population.wholes])
         if self.population.world_size > 1:
             sample = sample.to(self.args.device)
@@ -563,6 +565,8 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
             logs.update(line)
             # Trainer has added its own mean, whose rounding depends on the number of processes.
             self._total_loss_scalar = total
+        if "train_loss" in logs and self.soup.served:
+            logs.update({f"member_{index}_left_out": 1 for index in self.soup.left_out})
         if self._evaluating:
             timed = {key: value for key, value in logs.items() if key.endswith(("_runtime", "_per_second"))}
             logs.update(self.population.broadcast(timed))
@@ -570,8 +574,11 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
 
     def _finalize_training(self, *args, **kwargs):
         # What has not been logged yet.
-        self._tr_loss = torch.tensor(self._log.collect()[1], dtype=torch.float64)
-        self._serve_soup()
+        step = self.state.global_step
+        added = self._log.collect(step, step - self._globalstep_last_logged)[-1]
+        self._tr_loss = torch.tensor(added, dtype=torch.float64)
+        if not (self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None):
+            self._serve_soup()  # else the best checkpoint's, whatever has become of the members since
         result = super()._finalize_training(*args, **kwargs)
         if self.args.push_members:
             self.save_members()

@@ -100,7 +100,11 @@ class ServedSoup:
         """
         if key is not None and key == self._key and self.member is not None:
             return self.member
-        shared = frozen_names(population.wholes[0]) if share_frozen else set()
+        if self.member is None:
+            self.member = make(_copy(population.wholes[0], share_frozen))
+        soup = self.member
+        whole = soup.whole
+        shared = {name for name, p in whole.named_parameters() if not p.requires_grad} if share_frozen else set()
         self.left_out = _not_finite(population, shared)
         kept = [index for index in range(population.size) if index not in self.left_out]
         if not kept:
@@ -110,10 +114,6 @@ class ServedSoup:
                 "so there is no soup: none is left. Train again, or from a checkpoint before it, with a lower learning rate "
                 "or clipped gradients.",
             )
-        if self.member is None:
-            self.member = make(_copy(population.wholes[0], share_frozen))
-        soup = self.member
-        whole = soup.whole
 
         def load(weights: dict[str, torch.Tensor]) -> None:
             grow_buffers(whole, weights)
@@ -135,11 +135,6 @@ class ServedSoup:
         self.consensus_distance = math.sqrt(sum(distances[index] for index in kept) / len(kept))
         self._key, self.is_checked = key, False
         return soup
-
-
-def frozen_names(whole: nn.Module) -> set[str]:
-    """The parameters that are not trained."""
-    return {name for name, parameter in whole.named_parameters() if not parameter.requires_grad}
 
 
 def _not_finite(population: Population, shared: set[str]) -> dict[int, str]:

@@ -127,7 +127,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused_when_it_is_asked_for(tmp_pat
     folder = tmp_path / "copy"
     shutil.copytree(run_folder, folder)
     as_of_an_older_version(folder / "checkpoint-12", poison=0)
-    with pytest.raises(ValueError, match=r"Cannot resume: .*checkpoint-12.* classifier.bias.* of member 0"):
+    with pytest.raises(ValueError, match=r"Cannot resume: .*checkpoint-12.*classifier.bias.* of member 0"):
         population(folder, **{**SAVING, "size": 2}).train(resume_from_checkpoint=str(folder / "checkpoint-12"))
 
 

@@ -65,12 +65,12 @@ class MemberLog:
         mean = step.mean()
         step = step.to(self.losses.dtype)
         # The Trainer's loop looks at the loss of each step, too, with this filter: here is no further wait for a GPU.
-        finite = torch.isfinite(step) if skip_non_finite else None
-        all_finite = finite is None or bool(finite.all())
+        finite = torch.isfinite(step)
+        skips = skip_non_finite and not finite.all()
         for total in (self.losses, self._since_resume):
             if total is not None:
-                total += step if all_finite else torch.where(finite, step, total / (1 + steps))
-        if not all_finite:
+                total += torch.where(finite, step, total / (1 + steps)) if skips else step
+        if skips:
             for slot, is_finite in enumerate(finite.tolist()):
                 if not is_finite:
                     count, first = self.skipped[slot]
@@ -120,14 +120,14 @@ class MemberLog:
                     f"The loss of member {index} was not finite between step {step - steps} and step {step}."
                 )
 
-    def line(self, step: int, steps: int, rates: list[float]) -> tuple[dict[str, float], float]:
+    def line(self, step: int, steps: int, rates: list[float | None]) -> tuple[dict[str, float], float]:
         """
         *Collective.* A log line, and what is to be added to the sum of this call's losses.
 
         Args:
             step (`int`): Optimizer steps of the run.
             steps (`int`): Those since the last line.
-            rates (`list[float]`): Each local member's learning rate.
+            rates (`list`): Each local member's learning rate; `None` where there is none.
 
         Returns:
             `tuple[dict, float]`: `loss` (as [`mean_of`] has it), `grad_norm` and `learning_rate` (means over members),

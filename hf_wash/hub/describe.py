@@ -51,6 +51,7 @@ def describe_run(
     overrides: Sequence[MemberOverrides],
     exchanged: tuple[int, int],
     greedy: GreedySoupRecord | None,
+    left_out: Sequence[int],
     probability: float | None,
     ask_hub: bool,
     batch_size: int,
@@ -75,6 +76,8 @@ def describe_run(
             Whether the Hub may be asked, for the license of the model this one was made from.
         greedy ([`GreedySoupRecord`], *optional*):
             How the greedy soup was chosen, if there is one.
+        left_out (`Sequence[int]`):
+            The members that are not in the soup because they are not finite.
         batch_size (`int`):
             The number of samples that a member sees for one optimizer step.
         datasets (`tuple`):
@@ -93,6 +96,8 @@ def describe_run(
         soup["batch_norm"] = args.soup_batch_norm
     if greedy is not None:
         soup |= {"chosen": list(greedy.indices), "scores": list(greedy.member_scores)}
+    if left_out:
+        soup["left_out"] = list(left_out)
     libraries = ("torch", "transformers", "accelerate", "timm")
     return {
         "model": {

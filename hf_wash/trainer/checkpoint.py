@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..population import Population, grow_buffers
+from ..soup.weights import open_member
 
 
 logger = logging.getLogger(__name__)
@@ -282,9 +283,26 @@ def verify(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def check_finite(folder: str | Path, manifest: Mapping[str, Any]) -> None:
+    """
+    Check that no member of a checkpoint has diverged. A manifest that says so is believed; those of older versions do
+    not, and their members' weights are read.
+
+    Raises:
+        InvalidCheckpoint: naming the first member that holds NaN or infinite values, and a tensor of it.
+    """
+    if manifest.get("finite") is True:
+        return
+    for name in sorted(manifest["files"]):
+        match = re.fullmatch(rf"member_(\d+)/{re.escape(MEMBER_WEIGHTS)}", name)
+        bad = open_member(Path(folder) / name, int(match[1])).first_not_finite() if match else None
+        if match and bad is not None:
+            raise InvalidCheckpoint(f"`{folder}` holds NaN or infinite values in `{bad}` of member {match[1]}")
+
+
 def newest_complete(run_folder: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """
-    The newest checkpoint of a run that is whole.
+    The newest checkpoint of a run that is whole and whose members are finite.
 
     Args:
         run_folder (`str` or `Path`): The run's output folder.
@@ -297,7 +315,7 @@ def newest_complete(run_folder: str | Path) -> tuple[Path | None, list[tuple[Pat
     found = [(int(match[1]), path) for path in _folders(run_folder) if (match := _CHECKPOINT.match(path.name))]
     for _, path in sorted(found, reverse=True):
         try:
-            verify(path)
+            check_finite(path, verify(path))
             return path, skipped
         except InvalidCheckpoint as error:
             skipped.append((path, str(error)))
@@ -329,7 +347,7 @@ def resolve(
         if not leads:
             return None, []
         if not search:
-            verify(str(requested))
+            check_finite(str(requested), verify(str(requested)))
             return Path(str(requested)).name, []
         found, skipped = newest_complete(run_folder)
         return found.name if found else None, [reason for _, reason in skipped]

@@ -21,6 +21,7 @@ from ..population import MemberOverrides, copy_member
 from . import checkpoint as checkpoints
 from .log import MemberLog
 from .part import Part
+from .served_soup import NonFiniteMemberError
 
 
 logger = logging.get_logger(__name__)
@@ -61,7 +62,12 @@ class Checkpointing(Part):
             )
 
     def _save_checkpoint(self, model, trial) -> None:
-        """*Collective.* A whole population checkpoint, or none."""
+        """
+        *Collective.* A whole population checkpoint, or none.
+
+        Raises:
+            NonFiniteMemberError: on every process, if a member holds NaN or infinite values: nothing can go on from it.
+        """
         self.store_flos()
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -72,6 +78,15 @@ class Checkpointing(Part):
             if best == self.state.global_step or exists:
                 self.state.best_model_checkpoint = best_folder
         with self._as_soup():
+            if self.soup.left_out:
+                raise NonFiniteMemberError(
+                    self.soup.left_out,
+                    self.state.global_step,
+                    "so no checkpoint is written, and those before stay as they are. Resume from the last one "
+                    '(`resume_from_checkpoint="auto"`) with a lower learning rate or clipped gradients. Without '
+                    'checkpoints (`save_strategy="no"`) the other members train on, and the soup leaves out what is '
+                    "not finite.",
+                )
             self._write_checkpoint(folder)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
@@ -125,7 +140,7 @@ class Checkpointing(Part):
 
     def _training_state(self, slot: int, index: int, whole: nn.Module) -> tuple[dict, Any]:
         training = checkpoints.cut_out(self.optimizer, self.lr_scheduler, whole, index)
-        training["loss"] = self._log.losses[slot].item()
+        training["loss"], training["skipped"] = self._log.losses[slot].item(), list(self._log.skipped[slot])
         if self.accelerator.scaler is not None:
             training["scaler"] = self.accelerator.scaler.state_dict()
         streams = {"streams": self.population.streams.state(index), "loader": self._batches.loaders[slot].state()}
@@ -138,6 +153,7 @@ class Checkpointing(Part):
         return {
             "hf_wash_version": __version__,
             "step": self.state.global_step,
+            "finite": True,  # or it would not have been written
             "total_steps": self._total_steps,
             "epoch": self._batches.epoch,
             "position": self._batches.position,
@@ -252,7 +268,9 @@ class Checkpointing(Part):
         window = manifest["log_window"]
         self.mixing.resume(manifest["values_moved"], manifest["bytes_exchanged"], window["moved"])
         self._globalstep_last_logged = window["since"]
-        self._log = MemberLog(self.population, [parts[index]["loss"] for index in self.population.indices])
+        own = [parts[index] for index in self.population.indices]
+        skipped = [part.get("skipped", (0, 0)) for part in own]  # older versions did not say
+        self._log = MemberLog(self.population, [part["loss"] for part in own], skipped)
 
     def _load_best_model(self) -> None:
         """*Collective.* Members and soup of the best checkpoint."""

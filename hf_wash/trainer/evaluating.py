@@ -74,6 +74,7 @@ class Evaluating(Part):
             self._ensemble_loss,
             keep=compute_metrics is not None,
             preprocess=self.preprocess_logits_for_metrics,
+            left_out=self.soup.left_out,
         )
         check_agreement(self.population, {"examples to evaluate on": how_many(getattr(dataloader, "dataset", None))})
         self._beside = beside, self._members_for_evaluation()
@@ -95,7 +96,7 @@ class Evaluating(Part):
 
         members = self.population.gather([summarize(own) for own in beside.members])
         ensemble = summarize(beside.ensemble) if beside.ensemble.batches else None
-        metrics = evaluation.population_metrics(members, ensemble)
+        metrics = evaluation.population_metrics(members, ensemble, self.soup.left_out)
         metrics["consensus_distance"] = self.soup.consensus_distance
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         # Rank 0's for all: a user's `compute_metrics` may be anything.

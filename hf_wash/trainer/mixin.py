@@ -21,9 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
-from transformers.trainer_utils import (
-    has_length,
-)
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..hub.export import writing_here
@@ -37,10 +35,7 @@ from .checkpointing import Checkpointing
 from .data import MemberBatches, MemberLoader, MembersLoader, hold_out, shard_for_member
 from .evaluating import Evaluating
 from .log import MemberLog
-from .member import (
-    LocalMembers,
-    as_member,
-)
+from .member import LocalMembers, as_member
 from .mixing_run import MixingRun
 from .populating import Populating
 from .publishing import Publishing
@@ -449,7 +444,9 @@ class PopulationMixin(Populating, Agreeing, Serving, Evaluating, Checkpointing, 
     def _collect_line(self) -> tuple[dict[str, float], float]:
         """*Collective.* What a log line says of the members, and the sum of this call's losses after it."""
         steps = self.state.global_step - self._globalstep_last_logged
-        line, added = self._log.line(steps, [self._learning_rate_of(index) for index in self.population.indices])
+        line, added = self._log.line(
+            self.state.global_step, steps, [self._learning_rate_of(index) for index in self.population.indices]
+        )
         sample = torch.stack([self._consensus_sample.values(whole) for whole in self.population.wholes])
         if self.population.world_size > 1:
             sample = sample.to(self.args.device)
@@ -481,6 +478,8 @@ class PopulationMixin(Populating, Agreeing, Serving, Evaluating, Checkpointing, 
             logs.update(members)
             # Trainer has added its own mean, whose rounding depends on the number of processes.
             self._total_loss_scalar = total
+        if "train_loss" in logs and self.soup.served:
+            logs.update({f"member_{index}_left_out": 1 for index in self.soup.left_out})
         if self._evaluating and any(key.endswith("_runtime") for key in logs):
             # What depends on the clock, on a GPU's last bit or on chance is process 0's, for the best model is to be one.
             logs.update(self.population.broadcast(dict(logs)))
@@ -490,8 +489,11 @@ class PopulationMixin(Populating, Agreeing, Serving, Evaluating, Checkpointing, 
 
     def _finalize_training(self, *args, **kwargs):
         # What has not been logged yet.
-        self._tr_loss = torch.tensor(self._log.collect()[1], dtype=torch.float64)
-        self._serve_soup()
+        step = self.state.global_step
+        added = self._log.collect(step, step - self._globalstep_last_logged)[-1]
+        self._tr_loss = torch.tensor(added, dtype=torch.float64)
+        if not (self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None):
+            self._serve_soup()  # else the best checkpoint's, whatever has become of the members since
         result = super()._finalize_training(*args, **kwargs)
         if self.args.push_members:
             self.save_members()

@@ -142,6 +142,7 @@ class Publishing(Part):
             overrides=self._overrides,
             exchanged=(self.values_moved, self.bytes_exchanged),
             greedy=self.greedy_record,
+            left_out=sorted(self.soup.left_out),
             probability=self.mixing.probability if self._mixing is not None else self.args.shuffle_probability,
             ask_hub=ask_hub,
             batch_size=self.get_total_train_batch_size(self.args),

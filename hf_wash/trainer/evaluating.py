@@ -112,6 +112,7 @@ class Evaluating(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs, prediction_loss_only: bool, *args, **kwargs):
         """The soup's prediction for a batch and, in an evaluation, each member's beside it."""
+        self._note_size_of_last_batch(inputs)
         beside = self._beside
         if beside is None:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
@@ -135,10 +136,16 @@ class Evaluating(Trainer):
     def _advance_streams(self) -> None:
         # Iterating over a data loader draws its base seed from the global generator (torch 2.15), so a plain run's
         # stream moves on by one draw with each evaluation; so must the members'.
-        if self.is_in_train:
-            for index in self.population.indices:
-                with self.population.streams.use(index):
-                    torch.empty((), dtype=torch.int64).random_()
+        for index in self.population.indices:
+            with self.population.streams.use(index):
+                torch.empty((), dtype=torch.int64).random_()
+
+    def _note_size_of_last_batch(self, inputs) -> None:
+        # Where one process deals a stream's batches, as in a plain Trainer, accelerate (1.15) finds out how many examples
+        # the last has; else its loss counts as that of a whole batch.
+        state, dispatch = self.accelerator.gradient_state, self.args.accelerator_config.dispatch_batches
+        if state.end_of_dataloader and state.remainder < 0 and dispatch is not False:
+            state.active_dataloader.remainder = find_batch_size(inputs) or -1
 
     def _members_for_evaluation(self) -> list[nn.Module]:
         models = [member.prepare(self.accelerator) for member in self.members]

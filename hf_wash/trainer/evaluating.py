@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..population import Population
 from . import evaluation
-from .member import Member, as_member
+from .member import Member, as_member, without_a_trace
 from .served_soup import ServedSoup
 
 
@@ -32,6 +32,7 @@ class Evaluating(Trainer):
     _evaluating: bool
     _beside: evaluation.BesideTheSoup | None
     _beside_models: list[nn.Module] | None
+    _beside_members: list[Member] | None
 
     if TYPE_CHECKING:
 
@@ -85,11 +86,11 @@ class Evaluating(Trainer):
             preprocess=self.preprocess_logits_for_metrics,
         )
         models = self._members_for_evaluation()
-        self._beside, self._beside_models = beside, models
+        self._beside, self._beside_models, self._beside_members = beside, models, None
         try:
             output = super().evaluation_loop(dataloader, *options)
         finally:
-            self._beside = self._beside_models = None
+            self._beside = self._beside_models = self._beside_members = None
 
         def summarize(of: evaluation.Predictions) -> dict[str, float]:
             return evaluation.summarize(
@@ -117,8 +118,10 @@ class Evaluating(Trainer):
         if beside is None:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         result = super().prediction_step(model, copy.copy(inputs), prediction_loss_only, *args, **kwargs)
+        if self._beside_members is None:  # a Trainer may make its measures when it first needs them: for the soup
+            self._beside_members = [without_a_trace(self, member) for member in self.members]
         results = []
-        for member, prepared in zip(self.members, self._beside_models, strict=True):
+        for member, prepared in zip(self._beside_members, self._beside_models, strict=True):
             with self.population.streams.use(member.index), as_member(self, member):
                 self.data_collator = self.soup.member.data_collator
                 own = super().prediction_step(prepared, copy.copy(inputs), not beside.needs_logits, *args, **kwargs)

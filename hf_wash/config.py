@@ -237,9 +237,6 @@ class PopulationArguments:
         # On several processes sentence-transformers (6.2) drops the last batch, lest their numbers of batches differ. A
         # member's batches are those of a run of its own, however many processes there are.
         self.dataloader_drop_last = drop_last
-        # Trainer would multiply each loss by the number of processes, to undo an averaging of gradients that does
-        # not happen here: a member's loss is that of a run of its own.
-        self.average_tokens_across_devices = False
 
     def _check_population_options(self) -> None:
         def require(condition: bool, name: str, must: str) -> None:

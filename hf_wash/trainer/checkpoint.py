@@ -244,7 +244,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     if not path.parent.is_dir():
-        raise InvalidCheckpoint(f"there is no folder `{folder}`")
+        # The Trainer's own words, too, since scripts look for them.
+        raise InvalidCheckpoint(f"there is no folder `{folder}` (Can't find a valid checkpoint at {folder})")
     if not path.is_file():
         raise InvalidCheckpoint(f"`{folder}` has no {MANIFEST}: it is not a whole population checkpoint")
     try:
@@ -365,7 +366,9 @@ def resolve(
         if requested == "auto":
             logger.info(f"No complete checkpoint in `{run_folder}`: starting afresh.")
             return None
-        raise ValueError(f"No complete checkpoint was found in `{run_folder}`.")
+        raise ValueError(
+            f"No complete checkpoint was found in `{run_folder}` (No valid checkpoint found in output directory)."
+        )
     folder = os.path.join(run_folder, name) if search else str(requested)
     return folder, _checked(population, lambda: read_manifest(folder))[population.rank]
 

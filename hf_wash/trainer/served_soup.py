@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from ..population import Population, copy_member, grow_buffers
 from ..population.consensus import squared_distance
@@ -174,6 +175,9 @@ def _copy(whole: nn.Module, share_frozen: bool) -> nn.Module:
     made = copy_member(whole, share=share_frozen)
     for module in made.modules():
         own = vars(module)
+        # A member's noise ends with its training, by a handle that knows the member alone.
+        for key in [key for key, hook in module._forward_hooks.items() if hook is neftune_post_forward_hook]:
+            del module._forward_hooks[key]
         # The copy brings along the autocast that was wrapped around the member's forward (accelerate 1.15), which may
         # still call the member; not what a Trainer has put in the place of the class's forward.
         original = own.pop("_original_forward", None)

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..soup import has_batch_norm, recalibrate_batch_norm
 from . import evaluation
 from .data import hold_out
-from .member import Member, MemberAccelerator, Whole, as_member
+from .member import Member, MemberAccelerator, Whole, as_member, without_a_trace
 from .part import Part
 from .served_soup import who_is_not_finite
 
@@ -136,7 +136,7 @@ class Serving(Part):
         soup.prepared.eval()
         try:
             set_seed(self.args.seed + HOLDOUT_SEED_OFFSET)
-            with as_member(self, soup):
+            with as_member(self, without_a_trace(self, soup)):
                 for index, inputs in enumerate(self.get_test_dataloader(held_out)):
                     result = super().prediction_step(soup.prepared, inputs, False)
                     predictions.add(index, find_batch_size(inputs) or 1, *result)

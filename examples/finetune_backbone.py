@@ -25,22 +25,24 @@ from typing import Any, NoReturn
 import datasets
 import torch
 from datasets import ClassLabel, Dataset
-from safetensors.torch import load_file
-from torch import nn
-from train_vit import (
+from image_data import (
     DIGITS,
     DataArguments,
     EvaluationView,
-    HelpFormatter,
     ImageData,
-    Recipe,
     TrainingView,
-    TrainVitConfig,
     at_most,
-    default,
     hold_out,
     load_data,
     load_digits,
+)
+from safetensors.torch import load_file
+from torch import nn
+from train_vit import (
+    HelpFormatter,
+    Recipe,
+    TrainVitConfig,
+    default,
     pretrained_recipe,
     results_table,
     small_vit_recipe,
@@ -480,8 +482,8 @@ def prepare(arguments: list[str] | None = None) -> tuple[FinetuneTrainer, ImageD
     trainer = FinetuneTrainer(
         model_init=model_init,
         args=config,
-        train_dataset=data.train.with_transform(TrainingView(recipe.processor, *columns, augmentation)),
-        eval_dataset=data.eval.with_transform(EvaluationView(recipe.processor, *columns)),
+        train_dataset=TrainingView(recipe.processor, *columns, augmentation).of(data.train),
+        eval_dataset=EvaluationView(recipe.processor, *columns).of(data.eval),
         compute_metrics=compute_classification_metrics,
         processing_class=recipe.processor,
         heads=heads,

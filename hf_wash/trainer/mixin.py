@@ -568,11 +568,12 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
             logs.update(self.population.broadcast(timed))
         super().log(logs, *args, **kwargs)
 
-    def _finalize_training(self, *args, **kwargs):
+    def _finalize_training(self, trial, num_train_samples, *args, **kwargs):
         # What has not been logged yet.
         self._tr_loss = torch.tensor(self._log.collect()[1], dtype=torch.float64)
         self._serve_soup()
-        result = super()._finalize_training(*args, **kwargs)
+        # Of all members, as the time is.
+        result = super()._finalize_training(trial, num_train_samples * self.population.size, *args, **kwargs)
         if self.args.push_members:
             self.save_members()
         return result

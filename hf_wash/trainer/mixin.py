@@ -3,8 +3,9 @@
 
 Each seam of the [`~transformers.Trainer`] is a few lines here and calls `super()` for each member, or for the soup.
 What takes more is a service that holds no trainer: `member`, `data`, `mixing_run`, `log`, `served_soup`, `evaluation`,
-`checkpoint`, `refusals`. The seams by which members are made (`populating`), the soup is served
-(`serving`), and those of evaluation, checkpoints and publishing have files of their own.
+`checkpoint`, `dry_run`, `refusals`. The seams by which members are made (`populating`), a run is tried out
+(`checking`), the soup is served (`serving`), and those of evaluation, checkpoints and publishing have files of their
+own.
 """
 
 import atexit
@@ -37,6 +38,7 @@ from ..population.agreement import (
     weights_digest,
 )
 from . import evaluation, refusals
+from .checking import Checking
 from .checkpointing import Checkpointing
 from .data import MemberBatches, MemberLoader, MembersLoader, has_labels, hold_out, shard_for_member
 from .evaluating import Evaluating
@@ -68,7 +70,7 @@ def _end_process_group_at_exit() -> None:
     atexit.register(end)
 
 
-class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing):
+class PopulationMixin(Checking, Populating, Serving, Evaluating, Checkpointing, Publishing):
     """
     Makes a population of any [`~transformers.Trainer`]: put it in front of the Trainer, and [`PopulationArguments`] in
     front of its arguments.
@@ -285,12 +287,8 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         self._check_output_folder()
         self._trainings += 1
         self.soup.served = False
-        first = self.population.members[0]
-        for member in self.population.members[1:]:
-            # What was frozen through `trainer.model` holds for all.
-            for ours, theirs in zip(first.parameters(), member.parameters(), strict=True):
-                theirs.requires_grad_(ours.requires_grad)
-        self._become(first, self.members[0])
+        self._freeze_alike()
+        self._become(self.population.members[0], self.members[0])
         try:
             return super().train(
                 resume_from_checkpoint=resume_from_checkpoint,

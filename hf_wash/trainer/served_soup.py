@@ -64,7 +64,7 @@ class ServedSoup:
         if key is not None and key == self._key and self.member is not None:
             return self.member
         if self.member is None:
-            self.member = make(_copy(population.wholes[0], share_frozen))
+            self.member = make(copy_unprepared(population.wholes[0], share_frozen))
         soup = self.member
         whole = soup.whole
         shared = {name for name, p in whole.named_parameters() if not p.requires_grad} if share_frozen else ()
@@ -91,7 +91,8 @@ class ServedSoup:
         return soup
 
 
-def _copy(whole: nn.Module, share_frozen: bool) -> nn.Module:
+def copy_unprepared(whole: nn.Module, share_frozen: bool) -> nn.Module:
+    """A copy of all that learns of a member, without what accelerate has wrapped around its forward."""
     made = copy_member(whole, share=share_frozen)
     for module in made.modules():
         own = vars(module)

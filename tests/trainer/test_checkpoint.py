@@ -191,7 +191,9 @@ def test_a_part_of_the_run_is_no_other_option_than_the_steps_it_makes(tmp_path, 
     resumed.train(resume_from_checkpoint=True)
     assert said == []
     assert (resumed.args.logging_steps, resumed.state.logging_steps) == (0.05, 1)
-    population(tmp_path, **{**parts, "logging_steps": 0.5}).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    population(tmp_path, **{**parts, "logging_steps": 0.5}).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-9")
+    )
     assert len(said) == 1 and "logging_steps: 6 (from args) != 1" in said[0]
 
 

@@ -91,7 +91,7 @@ class Checking(Trainer):
             loader = self._make_members_loader()
             tried = self._try_out(loader)
         except Exception as error:  # whatever it was, the others must hear of it instead of waiting
-            problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            problem = dry_run.in_a_line(error)
         outcomes = self.population.gather_processes((tried, problem))
         problems = [(rank, text) for rank, (_, text) in enumerate(outcomes) if text is not None]
         if problems:
@@ -106,10 +106,9 @@ class Checking(Trainer):
         return [tried for tried, _ in outcomes]
 
     def _make_members_loader(self) -> Any:
-        with stage("Reading the training data"):
-            self._check_data()
-            self.get_train_dataloader = self._members_loader  # type: ignore[method-assign]
-            return self.get_train_dataloader()
+        self._check_data()
+        self.get_train_dataloader = self._members_loader  # type: ignore[method-assign]
+        return self.get_train_dataloader()
 
     @contextlib.contextmanager
     def _without_new_folders(self) -> Iterator[None]:
@@ -174,13 +173,16 @@ class Checking(Trainer):
     def _try_saving(self, probe: Member, example: Any) -> tuple[int, str]:
         # Where the run will be written, which tells of permissions, too.
         place = dry_run.existing(Path(self.args.output_dir))
-        with stage("Saving the untrained model"), tempfile.TemporaryDirectory(prefix=".check-", dir=place) as folder:
-            self._save(folder)
+        with contextlib.ExitStack() as until_loaded:
+            with stage("Saving the untrained model"):
+                temporary = tempfile.TemporaryDirectory(prefix=".check-", dir=place)
+                folder = until_loaded.enter_context(temporary)
+                self._save(folder)
             size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
             model = unwrap_model(probe.model)
-            tensors = example if isinstance(example, dict) or hasattr(example, "items") else None
-            if tensors is not None:
-                tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+            tensors = None
+            if hasattr(example, "items"):
+                tensors = {name: value for name, value in example.items() if isinstance(value, torch.Tensor)}
             return size, dry_run.load_back(Path(folder), model, self.processing_class, tensors)
 
     def _try_optimizer(self, probe: Member, given: Any) -> tuple[int, float, float]:

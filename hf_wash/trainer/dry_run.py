@@ -99,9 +99,10 @@ class DryRun:
     def rows(self) -> list[tuple[str, str]]:
         """What the table says: names and texts."""
         samples = "a stream" if self.samples is None else f"{self.samples:,} samples for a member"
-        losses = f"{min(self.losses):.4g} to {max(self.losses):.4g}, of an untrained batch of each member"
-        if len(set(self.losses)) == 1:
-            losses = f"{self.losses[0]:.4g}, of an untrained batch"
+        losses = "not looked at: this stream cannot be read twice"
+        if self.losses:
+            low, high = (f"{bound(self.losses):.4g}" for bound in (min, max))
+            losses = f"{low if low == high else f'{low} to {high}'} on a batch of each member, untrained"
         exchange = "nothing is exchanged"
         if self.values_moved:
             exchange = f"{short(self.values_moved)} values, {bytes_text(self.bytes_exchanged)} in the whole run"
@@ -109,7 +110,7 @@ class DryRun:
         return [
             ("model", f"{self.parameters:,} parameters, {self.trained_parameters:,} of them trained"),
             ("data", samples),
-            ("loss", losses if self.losses else "not looked at: this stream cannot be read twice"),
+            ("loss", losses),
             ("saved model", f"{bytes_text(self.saved_bytes)}, {self.saved}"),
             (
                 "run",
@@ -213,11 +214,14 @@ def stage(what: str) -> Iterator[None]:
     """Turn whatever goes wrong in the block into one sentence."""
     try:
         yield
-    except ValueError:
-        raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ValueError(f"{what} failed: {type(error).__name__}{': ' if reason else ''}{reason}") from error
+        raise ValueError(f"{what} failed: {in_a_line(error)}") from error
+
+
+def in_a_line(error: Exception) -> str:
+    """What went wrong; the type is named where the text may not say enough."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 # ---- Trying out ----------------------------------------------------------------------------------------------------

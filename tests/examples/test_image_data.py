@@ -138,7 +138,7 @@ def test_a_sample_without_a_label_is_named_or_left_out(photos, monkeypatch):
 
 def test_a_table_of_labels_that_is_no_text_is_one_sentence(photos):
     (photos / "metadata.csv").write_bytes(b"file_name,label\nant/1.jpg,\xff\xfe\n")
-    with pytest.raises(ValueError, match="Could not load .*: UnicodeDecodeError: ") as caught:
+    with pytest.raises(ValueError, match=r"Could not load .*: UnicodeDecodeError: ") as caught:
         load_data(DataArguments(data_dir=str(photos)))
     assert "\n" not in str(caught.value)
 

@@ -5,6 +5,7 @@ soup: one model, to be used like any other.
 
     python examples/train_vit.py                                    # a small ViT on 1,797 handwritten digits, on a CPU
     python examples/train_vit.py --data_dir photos/                 # one folder of images for each class
+    python examples/train_vit.py --data_dir photos/ --dry_run       # what is wrong, and what it will cost
     python examples/train_vit.py --dataset_name cifar10 --model_name_or_path google/vit-base-patch16-224-in21k
     python examples/train_vit.py --timm_architecture resnet18       # any timm model, from scratch
     torchrun --nproc-per-node 2 examples/train_vit.py               # two processes, a member or more in each
@@ -109,8 +110,19 @@ class TrainVitConfig(WashConfig):
     # The images are opened and augmented when they are needed, and the Trainer would remove their column before that.
     remove_unused_columns: bool = default("remove_unused_columns", False)
     shuffle_stop: float = default("shuffle_stop", 0.75)
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Try everything out, say what the run would cost, and stop: data, labels, the loss of a batch, saving "
+            "the untrained model and loading it back, disk space for the checkpoints. Nothing is trained or uploaded."
+        },
+    )
 
     def __post_init__(self):
+        if self.dry_run and self.resume_from_checkpoint:
+            raise ValueError("--dry_run tries out a run from its beginning; leave --resume_from_checkpoint out.")
+        # Pushing would make a repository before anything is tried.
+        self.push_to_hub = self.push_to_hub and not self.dry_run
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns would remove the images before they are opened; leave it off.")
@@ -271,26 +283,40 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def make_parser() -> HfArgumentParser:
-    """All options; those of the population apart from the hundred and more that every Trainer has."""
+def make_parser(groups: list[type], text: str) -> HfArgumentParser:
+    """
+    All options; those of the population apart from the hundred and more that every Trainer has.
+
+    Args:
+        groups (`list[type]`):
+            Dataclasses of options, the [`TrainVitConfig`] last.
+        text (`str`):
+            The script's own, of which the first paragraph is shown.
+    """
     parser = HfArgumentParser(
-        [DataArguments, ModelArguments, TrainVitConfig],
-        description=__doc__.split("\n\n")[0].strip(),
+        groups,
+        description=text.split("\n\n")[0].strip(),
         usage="%(prog)s [--flag value ...]",
         formatter_class=HelpFormatter,
     )
     inherited = {option.name for option in dataclasses.fields(TrainingArguments)}
     training = parser._action_groups[-1]
     population = parser.add_argument_group("population (what WashConfig adds to TrainingArguments)")
-    population._group_actions = [action for action in training._group_actions if action.dest not in inherited]
-    training._group_actions = [action for action in training._group_actions if action.dest in inherited]
+    own, of_training = [], []
+    for action in training._group_actions:
+        if action.dest == "dry_run":
+            parser._optionals._group_actions.append(action)
+        else:
+            (of_training if action.dest in inherited else own).append(action)
+    population._group_actions, training._group_actions = own, of_training
     parser._action_groups[-2:] = [population, training]
     return parser
 
 
 def parse(arguments: list[str] | None = None) -> tuple[DataArguments, ModelArguments, TrainVitConfig]:
     """The command line, as three groups of options."""
-    return make_parser().parse_args_into_dataclasses(args=arguments)
+    parser = make_parser([DataArguments, ModelArguments, TrainVitConfig], __doc__)
+    return parser.parse_args_into_dataclasses(args=arguments)
 
 
 def prepare(arguments: list[str] | None = None) -> tuple[WashTrainer, ImageData, Recipe]:
@@ -321,15 +347,27 @@ def prepare(arguments: list[str] | None = None) -> tuple[WashTrainer, ImageData,
 def refuse(error: Exception) -> NoReturn:
     """End with one line on stderr and exit code 1."""
     rank = os.environ.get("RANK", "0")
-    sys.exit(f"train_vit.py: error{'' if rank == '0' else f' (process {rank})'}: {error}")
+    script = os.path.basename(sys.argv[0])
+    sys.exit(f"{script}: error{'' if rank == '0' else f' (process {rank})'}: {error}")
+
+
+def try_out(trainer: WashTrainer) -> None:
+    """What `--dry_run` does in the place of training."""
+    report = trainer.check()
+    if trainer.is_world_process_zero():
+        print(f"\n{report}\n\nNothing was trained: this was a dry run.")
+    trainer.accelerator.end_training()
 
 
 def main() -> None:
     try:
         trainer, data, recipe = prepare()
+        config = trainer.args
+        if config.dry_run:
+            try_out(trainer)
+            return
     except ValueError as error:
         refuse(error)
-    config = trainer.args
 
     try:
         trained = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)

@@ -187,7 +187,7 @@ def refuse_a_single_class(arguments: DataArguments, splits: DatasetDict, train: 
         return  # a table beside the images says more of them
     paths = (value["path"] for value in undecoded(train, image_column)[:][image_column])
     folders = {os.path.dirname(path) for path in paths if path}
-    root, wanted = arguments.data_dir, "It should have one folder of images for each class."
+    root, wanted = str(arguments.data_dir), "It should have one folder of images for each class."
     if len(folders) == 1:
         folder = folders.pop()
         if os.path.samefile(folder, root) or os.path.basename(folder) in splits:

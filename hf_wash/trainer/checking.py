@@ -6,7 +6,6 @@ What is found is put together in `dry_run`.
 
 import contextlib
 import copy
-import dataclasses
 import json
 import os
 import tempfile
@@ -16,29 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
 from transformers.trainer_utils import has_length
 
 from ..hub.traffic import size_of
-from ..population import Population
 from . import dry_run
 from .checkpoint import encode_streams
 from .dry_run import DryRun, Tried, stage
 from .member import Member, as_member
+from .part import Part
 from .served_soup import copy_unprepared
 
 
-class Checking(Trainer):
+class Checking(Part):
     """The part of a population's Trainer that tries a run out."""
 
-    population: Population
-    _trainings: int
-
     if TYPE_CHECKING:
-
-        @property
-        def members(self) -> list[Member]: ...
+        # Where they are: in the mixin, `populating`, `serving` and `checkpointing`.
         def _bring_members_up_to_date(self) -> None: ...
         def _freeze_alike(self) -> None: ...
         def _check_data(self) -> None: ...
@@ -47,7 +40,6 @@ class Checking(Trainer):
         def _members_loader(self) -> Any: ...
         def _in_a_members_place(self, whole: nn.Module) -> Member: ...
         def _enable_activation_checkpointing(self, member: nn.Module) -> None: ...
-        def _shared_frozen(self, whole: nn.Module) -> dict[str, torch.Tensor]: ...
 
     def check(self) -> DryRun:
         """
@@ -70,7 +62,7 @@ class Checking(Trainer):
         self._bring_members_up_to_date()
         self._freeze_alike()
         owners = [None, *population.indices]
-        own = [vars(part) for part in (self, self.state, self.control, self.accelerator)]
+        own = [part.__dict__ for part in (self, self.state, self.control, self.accelerator)]
         data = (self.train_dataset, self.eval_dataset)
         try:
             with dry_run.as_it_was(*own, streams=population.streams, owners=owners, apart_from=data):
@@ -107,7 +99,7 @@ class Checking(Trainer):
 
     def _make_members_loader(self) -> Any:
         self._check_data()
-        self.get_train_dataloader = self._members_loader  # type: ignore[method-assign]
+        self.get_train_dataloader = self._members_loader
         return self.get_train_dataloader()
 
     @contextlib.contextmanager
@@ -127,7 +119,7 @@ class Checking(Trainer):
         values = super().set_initial_training_values(self.args, loader)
         # The mean of one batch, however many make a step.
         self.current_gradient_accumulation_steps = 1
-        losses, state, saved = [], None, None
+        tried = Tried(steps=values[-1], steps_per_epoch=values[1])
         for member in self.members:
             probe = self._probe(member)
             example = None
@@ -136,28 +128,24 @@ class Checking(Trainer):
                 given, self.optimizer = self.optimizer, None
                 if probe.train_dataset is not None or member.train_dataset is None:
                     example, loss = self._try_step(probe)
-                    losses.append(loss)
-                if state is None:
+                    tried.losses.append(loss)
+                if member is self.members[0]:
                     if self.args.should_save:
-                        saved = self._try_saving(probe, example)
-                    state = self._try_optimizer(probe, given)
-        free = dry_run.free_bytes(Path(self.args.output_dir)) if saved is not None else None
-        return Tried(losses, values[-1], values[1], state, saved, free)
+                        tried.saved = self._try_saving(probe, example)
+                        tried.free = dry_run.free_bytes(Path(self.args.output_dir))
+                    tried.state = self._try_optimizer(probe, given)
+                self.optimizer = given
+        return tried
 
     def _probe(self, member: Member) -> Member:
         """A copy of a member that may be trained and thrown away."""
         with stage(f"Copying member {member.index}"):
             probe = self._in_a_members_place(copy_unprepared(member.whole, True))
         self._enable_activation_checkpointing(probe.model)
-        return dataclasses.replace(
-            probe,
-            index=member.index,
-            args=member.args,
-            accelerator=member.accelerator,
-            train_dataset=dry_run.copy_of_stream(member.train_dataset),
-            data_collator=member.data_collator,
-            label_smoother=member.label_smoother,
-        )
+        probe.place, probe.args, probe.accelerator = member.place, member.args, member.accelerator
+        probe.data_collator, probe.label_smoother = member.data_collator, member.label_smoother
+        probe.train_dataset = dry_run.copy_of_stream(member.train_dataset)
+        return probe
 
     def _try_step(self, probe: Member) -> tuple[Any, float]:
         with stage(f"Reading a batch of member {probe.index}"):
@@ -207,7 +195,7 @@ class Checking(Trainer):
         probability = args.probability_for(first.steps)
         values, exchanged = dry_run.expected_exchange(args, whole, population.size, first.steps, first.state[1:])
         written, kept = dry_run.count_checkpoints(args, first.steps, first.steps_per_epoch)
-        saved_bytes, saved = first.saved
+        saved_bytes, saved = first.saved or (0, "")
         state_bytes = 0 if args.save_only_model else first.state[0]
         shared = size_of(p for p in whole.parameters() if not p.requires_grad) if args.same_init else 0
         member_bytes = size_of([*whole.parameters(), *whole.buffers()]) - shared + state_bytes

@@ -317,18 +317,18 @@ class Tried:
     What one process found when it tried out its members.
 
     Attributes:
-        losses (`list[float]`): Of its members.
         steps (`int`), steps_per_epoch (`int`): Optimizer steps.
+        losses (`list[float]`): Of its members.
         state (`tuple[int, float, float]`): Bytes of one member's optimizer state; values and bytes of it that a shuffle moves,
             relative to those of the weights.
         saved (`tuple[int, str]`, *optional*): Bytes of a saved model, and how it was shown to load back, where this process writes.
         free (`int`, *optional*): Bytes that are free where it writes.
     """
 
-    losses: list[float]
     steps: int
     steps_per_epoch: int
-    state: tuple[int, float, float]
+    losses: list[float] = field(default_factory=list)
+    state: tuple[int, float, float] = (0, 0.0, 0.0)
     saved: tuple[int, str] | None = None
     free: int | None = None
 

@@ -17,6 +17,7 @@ from .. import __version__
 from ..population import MemberOverrides, Population
 from ..soup import GreedySoupRecord, has_batch_norm
 from .record import dataset_repositories, inherited_license
+from .traffic import size_of
 
 
 _MIXING = (
@@ -104,7 +105,7 @@ def describe_run(
             "class": type(model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),
             "trainable_parameters": sum(p.numel() for p in trained),
-            "trainable_bytes": sum(p.numel() * p.element_size() for p in trained),
+            "trainable_bytes": size_of(trained),
         },
         "population": {
             "size": population.size,

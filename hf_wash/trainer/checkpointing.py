@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import logging
 
@@ -228,6 +228,18 @@ class Checkpointing(Part):
         else:
             self.call_model_init()
         self._become(self.population.members[0])
+
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        # Trainer (5.23) compares a part of the run (`logging_steps=0.05`) with the steps a checkpoint has made of it,
+        # finds that they differ, and warns.
+        in_steps, given = TrainerState(), dict(self.args.__dict__)
+        in_steps.compute_steps(self.args, max_steps)
+        names = ("logging_steps", "eval_steps", "save_steps")
+        self.args.__dict__.update({name: getattr(in_steps, name) for name in names if given[name] is not None})
+        try:
+            return super()._init_training_state(max_steps, *args, **kwargs)
+        finally:
+            self.args.__dict__.update(given)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)

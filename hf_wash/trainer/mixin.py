@@ -3,8 +3,9 @@
 
 Each seam of the [`~transformers.Trainer`] is a few lines here and calls `super()` for each member, or for the soup.
 What takes more is a service that holds no trainer: `member`, `data`, `mixing_run`, `log`, `served_soup`, `evaluation`,
-`checkpoint`, `refusals`. The seams by which members are made (`populating`), the soup is served (`serving`), and those
-of evaluation, checkpoints and publishing have files of their own; what they share is said in `part`.
+`checkpoint`, `dry_run`, `refusals`. The seams by which members are made (`populating`), a run is tried out
+(`checking`), the soup is served (`serving`), and those of evaluation, checkpoints and publishing have files of their
+own; what they share is said in `part`.
 """
 
 import atexit
@@ -31,6 +32,7 @@ from ..population.agreement import check_agreement
 from ..population.failures import known_to_all
 from . import refusals
 from .agreeing import Agreeing
+from .checking import Checking
 from .checkpointing import Checkpointing
 from .data import MemberBatches, MemberLoader, MembersLoader, hold_out, shard_for_member
 from .evaluating import Evaluating
@@ -59,7 +61,7 @@ def _end_process_group_at_exit() -> None:
     atexit.register(end)
 
 
-class PopulationMixin(Populating, Agreeing, Serving, Evaluating, Checkpointing, Publishing):
+class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Checkpointing, Publishing):
     """
     Makes a population of any [`~transformers.Trainer`]: put it in front of the Trainer, and [`PopulationArguments`] in
     front of its arguments.
@@ -229,12 +231,8 @@ class PopulationMixin(Populating, Agreeing, Serving, Evaluating, Checkpointing, 
             self._check_output_folder()
             self._trainings += 1
             self.soup.served = False
-            first = self.population.members[0]
-            for member in self.population.members[1:]:
-                # What was frozen through `trainer.model` holds for all.
-                for ours, theirs in zip(first.parameters(), member.parameters(), strict=True):
-                    theirs.requires_grad_(ours.requires_grad)
-            self._become(first, self.members[0])
+            self._freeze_alike()
+            self._become(self.population.members[0], self.members[0])
             return self._train_population(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
 
     def _train_population(self, resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs):
@@ -487,14 +485,15 @@ class PopulationMixin(Populating, Agreeing, Serving, Evaluating, Checkpointing, 
         if line is not None:
             self._requests.agree("on_log", self.state, self.control)
 
-    def _finalize_training(self, *args, **kwargs):
+    def _finalize_training(self, trial, num_train_samples, *args, **kwargs):
         # What has not been logged yet.
         step = self.state.global_step
         added = self._log.collect(step, step - self._globalstep_last_logged)[-1]
         self._tr_loss = torch.tensor(added, dtype=torch.float64)
         if not (self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None):
             self._serve_soup()  # else the best checkpoint's, whatever has become of the members since
-        result = super()._finalize_training(*args, **kwargs)
+        # Of all members, as the time is.
+        result = super()._finalize_training(trial, num_train_samples * self.population.size, *args, **kwargs)
         if self.args.push_members:
             self.save_members()
         return result

@@ -113,7 +113,7 @@ class ServedSoup:
         if key is not None and key == self._key and self._member is not None:
             return self._member
         if self._member is None:
-            self._member = make(_copy(population.wholes[0], share_frozen))
+            self._member = make(copy_unprepared(population.wholes[0], share_frozen))
         soup = self._member
         whole = soup.whole
         shared = {name for name, p in whole.named_parameters() if not p.requires_grad} if share_frozen else set()
@@ -171,7 +171,8 @@ def _of_the_population(record: GreedySoupRecord, kept: list[int], size: int) -> 
     )
 
 
-def _copy(whole: nn.Module, share_frozen: bool) -> nn.Module:
+def copy_unprepared(whole: nn.Module, share_frozen: bool) -> nn.Module:
+    """A copy of all that learns of a member, without what accelerate has wrapped around its forward."""
     made = copy_member(whole, share=share_frozen)
     for module in made.modules():
         own = vars(module)

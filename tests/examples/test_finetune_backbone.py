@@ -264,3 +264,10 @@ def test_help_lists_every_option_with_its_group(finetune):
     assert [title.split()[0].strip(":,") for title in titles] == [
         *("options", "backbone", "data", "population", "training")
     ]
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora_rank", "2")], ids=["whole", "adapters"])
+def test_a_dry_run_says_what_the_run_costs_and_stops(run_here, backbone, flags):
+    folder, printed = run_here("--model_name_or_path", str(backbone), *flags, "--dry_run")
+    assert list(folder.iterdir()) == []
+    assert "2 members × 4 steps of 16 samples, 1 process" in printed and "loaded back by" in printed

@@ -65,9 +65,10 @@ def test_the_default_is_the_digits_split_in_the_same_way_each_time(train_vit):
 
 
 def test_digits_are_those_of_scikit_learn(train_vit):
+    from image_data import load_digits as as_dataset
     from sklearn.datasets import load_digits
 
-    arrays, digits = load_digits(), train_vit.load_digits()
+    arrays, digits = load_digits(), as_dataset()
     assert digits["label"][:] == arrays.target.tolist()
     grey = np.stack([np.asarray(image) for image in digits["image"][:]])
     np.testing.assert_array_equal(np.round(grey * (16 / 255)), arrays.images)

@@ -179,6 +179,24 @@ def test_other_options_are_told(run_folder, tmp_path, monkeypatch):
     assert any("shuffle_probability was 0.3 and is 0.2" in text for text in said)
 
 
+def test_a_part_of_the_run_is_no_other_option_than_the_steps_it_makes(tmp_path, monkeypatch):
+    from transformers import trainer_utils
+
+    said = []
+    monkeypatch.setattr(trainer_utils.logger, "warning_once", lambda text, *_: said.append(text), raising=False)
+    parts = {"logging_steps": 0.05, "eval_steps": 0.5, "save_steps": 0.25, "save_strategy": "steps"}
+    population(tmp_path, **parts).train()
+    shutil.rmtree(tmp_path / "checkpoint-12")
+    resumed = population(tmp_path, **parts)
+    resumed.train(resume_from_checkpoint=True)
+    assert said == []
+    assert (resumed.args.logging_steps, resumed.state.logging_steps) == (0.05, 1)
+    population(tmp_path, **{**parts, "logging_steps": 0.5}).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-9")
+    )
+    assert len(said) == 1 and "logging_steps: 6 (from args) != 1" in said[0]
+
+
 def test_weights_alone_cannot_be_resumed_from(tmp_path):
     settings = {"size": 2, "save_strategy": "steps", "save_steps": 4, "max_steps": 4, "eval_strategy": "no"}
     population(tmp_path, save_only_model=True, **settings).train()

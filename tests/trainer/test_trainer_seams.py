@@ -42,6 +42,7 @@ SEAMS = {
     "save_model": (None, None),
     "_save": ("save_model", "self._save(output_dir)"),
     "_save_checkpoint": ("_maybe_log_save_evaluate", "self._save_checkpoint(model, trial)"),
+    "_init_training_state": ("_inner_training_loop", "self._init_training_state("),
     "_load_from_checkpoint": ("train", "self._load_from_checkpoint(resume_from_checkpoint)"),
     "_load_optimizer_and_scheduler": ("_prepare_for_training", "self._load_optimizer_and_scheduler("),
     "_load_scaler": ("_prepare_for_training", "self._load_scaler("),

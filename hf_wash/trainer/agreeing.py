@@ -39,7 +39,6 @@ class Agreeing(Part):
         """*Collective, the first of a run.* Data and options of all processes."""
 
         def look() -> dict[str, Any]:
-            self._bring_members_up_to_date()
             self._check_data()
             return self._what_must_agree(resume_from_checkpoint)
 

@@ -225,6 +225,7 @@ class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Check
         """
         with self._told_to_all():
             _ = self.members  # made here, while the Trainer's model is still the first member
+            self._bring_members_up_to_date()
             self._check_before_training(resume_from_checkpoint)
             self._check_export_folder()
             resume_from_checkpoint = self._resolve_checkpoint(resume_from_checkpoint)

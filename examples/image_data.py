@@ -421,7 +421,7 @@ def load_data(arguments: DataArguments, token: str | None = None) -> ImageData:
             )
     classes = {train.features[label_column].int2str(label) for label in set(train[label_column][:])}
     if len(classes) < 2:
-        raise ValueError(f"There are images of a single class to train on, {classes.pop()!r}: nothing to tell apart.")
+        raise ValueError(f"There is only one class to train on, {classes.pop()!r}: nothing to tell apart.")
     train, evaluation = at_most(train, arguments.max_train_samples), at_most(evaluation, arguments.max_eval_samples)
     if arguments.data_dir or arguments.skip_bad_images:
         train, evaluation = readable([train, evaluation], image_column, arguments)

@@ -257,7 +257,8 @@ def test_a_schedule_that_watches_the_loss_has_no_phase_for_the_head(run_here, ba
 
 
 def test_help_lists_every_option_with_its_group(finetune):
-    shown = finetune.make_parser().format_help()
+    groups = [finetune.BackboneArguments, finetune.DataArguments, finetune.FinetuneConfig]
+    shown = finetune.make_parser(groups, finetune.__doc__).format_help()
     for expected in ("--layer_decay", "--head_only", "--lora_rank", "--shuffle_schedule", "--learning_rate"):
         assert expected in shown
     titles = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]

@@ -454,6 +454,9 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         )
 
     def _run_epoch(self, *args, **kwargs):
+        if self._is_finished():
+            self.control.should_training_stop = True
+            return None
         if self._resume is not None:
             self._continue_from(self._resume, kwargs["epoch"], kwargs["steps_trained_in_current_epoch"])
             self._resume = None
@@ -569,6 +572,7 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         super().log(logs, *args, **kwargs)
 
     def _finalize_training(self, *args, **kwargs):
+        self._finish_without_training()
         # What has not been logged yet.
         self._tr_loss = torch.tensor(self._log.collect()[1], dtype=torch.float64)
         self._serve_soup()

@@ -74,7 +74,9 @@ class Checkpointing(Trainer):
 
     def _begin_run(self, folder: RunFolder) -> None:
         """*Collective.* The run's identity; on the main process a word on what else is in its folder."""
-        self._run = self._resume["manifest"]["run"] if self._resume is not None else self.population.broadcast(new_run())
+        self._run = (
+            self._resume["manifest"]["run"] if self._resume is not None else self.population.broadcast(new_run())
+        )
         folder.tell(self._run)
         if not self.is_world_process_zero():
             return
@@ -283,6 +285,14 @@ class Checkpointing(Trainer):
                 f"Cannot resume: `{folder}` was written with `same_init=False`, so each member has frozen weights of its "
                 "own, and with `same_init=True` they would share one member's."
             )
+        before, now = (
+            saved.get("lr_scheduler_type"),
+            str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)),
+        )
+        if before not in (None, now) and {str(before), now} & set(options.SCHEDULERS_WITH_STATE):
+            raise ValueError(
+                f"Cannot resume: `{folder}` was written with `lr_scheduler_type={before!r}`, whose state `{now}` cannot take."
+            )
         effective, without = options.compare(manifest, self.args, self._overrides)
         if (effective or without) and self.population.rank == 0:
             told = [f"Taking effect from here on: {'; '.join(effective)}."] if effective else []
@@ -312,7 +322,8 @@ class Checkpointing(Trainer):
         frozen = [path] if (path := folder / checkpoints.FROZEN).is_file() else []
         _ = self.members  # made here, if they are not there yet
         files = {
-            index: [folder / f"member_{index}" / checkpoints.MEMBER_WEIGHTS, *frozen] for index in self.population.indices
+            index: [folder / f"member_{index}" / checkpoints.MEMBER_WEIGHTS, *frozen]
+            for index in self.population.indices
         }
         wholes = dict(zip(self.population.indices, self.population.wholes, strict=True))
 

@@ -163,13 +163,19 @@ _MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a number"),
     "probability": (_is_probability, "a probability between 0 and 1"),
     "options": (lambda value: isinstance(value, dict), "a list of options"),
-    "overrides": (lambda value: _is_list(value, lambda each: isinstance(each, dict)), "what members have of their own"),
+    "overrides": (
+        lambda value: _is_list(value, lambda each: isinstance(each, dict)),
+        "what members have of their own",
+    ),
     "values_moved": (_is_whole, "a number of at least 0"),
     "bytes_exchanged": (_is_whole, "a number of at least 0"),
     "log_window": (_is_window, "a step and three numbers"),
     "architecture": (lambda value: _is_list(value, _is_tensor), "a list of tensors"),
     "members": (lambda value: _is_list(value, _is_whole) and value, "a list of members"),
-    "files": (lambda value: isinstance(value, dict) and all(map(_is_file, value.values())), "sizes and SHA-256 of files"),
+    "files": (
+        lambda value: isinstance(value, dict) and all(map(_is_file, value.values())),
+        "sizes and SHA-256 of files",
+    ),
 }
 
 

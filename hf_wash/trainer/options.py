@@ -31,7 +31,7 @@ _FROM_CHECKPOINT = {
     "eval_steps", "save_steps", "same_init",
 }  # fmt: skip
 # Their own state holds what they were made with.
-_SCHEDULERS_WITH_STATE = ("reduce_lr_on_plateau", "greedy")
+SCHEDULERS_WITH_STATE = ("reduce_lr_on_plateau", "greedy")
 # One optimizer in two implementations; the parameter groups say which one computes.
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 
@@ -95,7 +95,7 @@ def _takes_effect(name: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -
     if name == "optim":
         return not (saved[name] in _ADAMW and own[name] in _ADAMW)
     if name == "lr_scheduler_kwargs":
-        return own["lr_scheduler_type"] not in _SCHEDULERS_WITH_STATE
+        return own["lr_scheduler_type"] not in SCHEDULERS_WITH_STATE
     if name == "num_train_epochs":
         return own["max_steps"] <= 0
     if name == "per_device_train_batch_size":

@@ -134,24 +134,39 @@ BELIEVED = [
 HOSTILE = {
     **{f"no {name}": (without(name), f"has no `{name}`") for name in BELIEVED},
     **{
-        f"{name} is {value!r}": (lambda content, name=name, value=value: content.update({name: value}), f"`{name}` must be")
+        f"{name} is {value!r}": (
+            lambda content, name=name, value=value: content.update({name: value}),
+            f"`{name}` must be",
+        )
         for name in BELIEVED
         for value in (None, [[]], "x" * 100, {"a": 1}, -1, 1.5, True, 10**30)
         if (name, value) not in [("options", {"a": 1}), ("seed", -1), ("seed", 10**30)]
     },
-    "a population of 0": (lambda content: content.update(population_size=0), "must be a number of at least 1, found 0"),
+    "a population of 0": (
+        lambda content: content.update(population_size=0),
+        "must be a number of at least 1, found 0",
+    ),
     "a population of 10⁹": (lambda content: content.update(population_size=10**9), "lists 2 members' own settings"),
     "no members": (lambda content: content.update(members=[]), "`members` must be"),
     "a member twice": (lambda content: content.update(members=[0, 0]), r"lists the members \[0, 0\]"),
     "a member too many": (lambda content: content.update(members=[0, 7]), r"lists the members \[0, 7\]"),
     "an unknown option": (lambda content: content["options"].update(magic=1), "option `magic`, which this version"),
-    "a probability that is no number": (lambda content: content.update(probability=float("nan")), "`probability` must be"),
+    "a probability that is no number": (
+        lambda content: content.update(probability=float("nan")),
+        "`probability` must be",
+    ),
     "a negative shape": (lambda content: content["architecture"][0].__setitem__(1, [-1]), "`architecture` must be"),
     "a window of two": (lambda content: content["log_window"].update(moved=[0, 0]), "`log_window` must be"),
     "a NUL in a name": (lambda content: content["files"].update({"a\0b": {"size": 1, "sha256": "0" * 64}}), "outside"),
-    "an absolute name": (lambda content: content["files"].update({"/etc/passwd": {"size": 1, "sha256": "0" * 64}}), "outs"),
+    "an absolute name": (
+        lambda content: content["files"].update({"/etc/passwd": {"size": 1, "sha256": "0" * 64}}),
+        "outs",
+    ),
     "a size of −1": (lambda content: content["files"]["model.safetensors"].update(size=-1), "`files` must be"),
-    "a SHA-256 that is none": (lambda content: content["files"]["model.safetensors"].update(sha256="x"), "`files` must"),
+    "a SHA-256 that is none": (
+        lambda content: content["files"]["model.safetensors"].update(sha256="x"),
+        "`files` must",
+    ),
     "a member's file unnamed": (
         lambda content: content["files"].pop("member_1/model.safetensors"),
         "does not list `member_1/model.safetensors`",
@@ -242,7 +257,10 @@ def rewritten(change):
 BIAS = "classifier.bias"
 WEIGHTS = {
     "a tensor less": (lambda tensors: tensors.pop(BIAS), f"lacks `{BIAS}`"),
-    "another dtype": (lambda tensors: tensors.update({BIAS: tensors[BIAS].double()}), f"`{BIAS}` of dtype torch.float64"),
+    "another dtype": (
+        lambda tensors: tensors.update({BIAS: tensors[BIAS].double()}),
+        f"`{BIAS}` of dtype torch.float64",
+    ),
     "another shape": (lambda tensors: tensors.update({BIAS: tensors[BIAS][:-1].clone()}), f"`{BIAS}` of shape"),
     "a tensor more": (lambda tensors: tensors.update(more=torch.zeros(1)), "`more`, which the model has not"),
 }

@@ -150,6 +150,11 @@ def test_frozen_weights_of_members_own_are_not_shared_by_resuming(tmp_path):
         again.train(resume_from_checkpoint=True)
 
 
+def test_a_schedule_that_cannot_take_the_state_is_refused(run_folder, tmp_path):
+    with pytest.raises(ValueError, match="written with `lr_scheduler_type='linear'`"):
+        resumed(run_folder, tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=4)
+
+
 # ---- A finished run ------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +162,9 @@ def test_frozen_weights_of_members_own_are_not_shared_by_resuming(tmp_path):
 def test_a_finished_run_trains_nothing_more(run_folder, tmp_path, say, asked):
     shutil.copytree(run_folder, tmp_path / "copy")
     trainer = population(tmp_path / "copy", **SETTINGS)
-    result = trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / asked) if asked == "checkpoint-12" else asked)
+    result = trainer.train(
+        resume_from_checkpoint=str(tmp_path / "copy" / asked) if asked == "checkpoint-12" else asked
+    )
     assert result.global_step == trainer.state.global_step == 12
     assert digest(trainer.model) == (run_folder / "soup.txt").read_text()
     assert trainer.values_moved > 0

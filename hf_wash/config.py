@@ -185,7 +185,7 @@ class PopulationArguments:
         super().__init_subclass__(**kwargs)
         if "__repr__" not in vars(cls):
             # A dataclass would make one that tells the Hub's token.
-            cls.__repr__ = cls.__str__  # type: ignore[method-assign]
+            cls.__repr__ = cls.__str__  # type: ignore[assignment,method-assign]
         order = cls.__mro__
         if TrainingArguments in order and order.index(TrainingArguments) < order.index(PopulationArguments):
             # Nothing would be checked, and losses be scaled by the number of processes.

@@ -146,7 +146,7 @@ def test_frozen_weights_of_members_own_are_not_shared_by_resuming(tmp_path):
     first = population(tmp_path, **SETTINGS, same_init=False, trainer={"model_init": half_frozen})
     first.train()
     again = population(tmp_path, **{**SETTINGS, "max_steps": 16}, model=started(half_frozen))
-    with pytest.raises(ValueError, match="written with `same_init=False`.*frozen"):
+    with pytest.raises(ValueError, match=r"written with `same_init=False`.*frozen"):
         again.train(resume_from_checkpoint=True)
 
 

@@ -26,7 +26,8 @@ import platform
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import timm
@@ -72,7 +73,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 class Floor:
     """The bare transfer of as many values: nothing is checked, ordered or counted."""
 
-    def __init__(self, tensors: list[torch.Tensor], counts: list[int], device: torch.device):
+    def __init__(self, tensors: Sequence[torch.Tensor], counts: list[int], device: torch.device):
         generator = np.random.default_rng(0)
         places = [np.sort(generator.choice(t.numel(), k, replace=False)) for t, k in zip(tensors, counts, strict=True)]
         used = [(t.detach().view(-1), p) for t, p in zip(tensors, places, strict=True) if len(p)]
@@ -80,6 +81,7 @@ class Floor:
         self.send, self.receive = (torch.zeros(self.size, device=device) for _ in range(2))
         # Its own values come back, so that the model stays what it is.
         bounds = np.cumsum([0, *(len(p) for _, p in used)])
+        self.pieces: list[tuple[Any, ...]]  # NumPy's arrays or torch's
         if device.type == "cpu":
             send, receive = self.send.numpy(), self.receive.numpy()
             self.pieces = [
@@ -247,7 +249,7 @@ def main():
     args = parser.parse_args()
 
     distributed = "RANK" in os.environ
-    device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if distributed:

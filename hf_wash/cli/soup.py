@@ -78,14 +78,14 @@ def soup(
     record: dict[str, Any] = {"method": "greedy" if greedy else "uniform", "ingredients": _names(models)}
     metrics = {}
     try:
-        score = None
+        score: Callable[[dict], float] | None = None
         if eval_data is not None:
             images = ImageFolder(eval_data, folders[0], batch_size)
             training = (
                 ImageFolder(train_data, folders[0], batch_size, shuffled=True) if train_data is not None else None
             )
             score = _score_of(trial, folders[0], images, training)
-        if greedy:
+        if greedy and score is not None:
             weights, chosen = greedy_soup(folders, score)
             record |= {"chosen": sorted(chosen.indices), "scores": list(chosen.member_scores)}
             listing = ", ".join(
@@ -98,7 +98,7 @@ def soup(
         has_batch_norm = any(name.endswith(_BATCH_NORM_STATISTICS) for name in weights)
         _write(staged, folders[0], weights)
         del weights
-        if recalibrate_bn and has_batch_norm:
+        if train_data is not None and has_batch_norm:
             _recalibrate(staged, ImageFolder(train_data, folders[0], batch_size, shuffled=True))
             record["batch_norm"] = "recalibrate"
         elif recalibrate_bn:

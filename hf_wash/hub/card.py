@@ -206,7 +206,7 @@ class WashCard:
             base = hub_ids(self.adapter_base)
         tags = [*self.tags, *(["wash"] if self.method == "wash" else []), "model-soup"]
         results = self._eval_results()
-        known = {
+        known: dict[str, Any] = {
             "language": self.language,
             "license": self.license,
             "library_name": self.library,

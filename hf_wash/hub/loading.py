@@ -233,4 +233,4 @@ def _load_adapter(folder: Path, base_model: nn.Module | str | Path | None, token
 def _backbone_class(adapter: dict[str, Any]) -> str | None:
     # A backbone was often saved with another head, or none, than the adapter was trained under.
     named = (adapter.get("auto_mapping") or {}).get("base_model_class")
-    return named or _CLASS_OF_TASK.get(adapter.get("task_type"))
+    return named or _CLASS_OF_TASK.get(str(adapter.get("task_type")))

@@ -66,11 +66,12 @@ def inherited_license(base_model: str | None, timeout: float = 10.0) -> str | No
     """
     try:
         if base_model and Path(base_model).exists():
-            found = (metadata_load(Path(base_model) / "README.md") or {}).get("license")
+            card: Any = metadata_load(Path(base_model) / "README.md")
         elif hub_ids(base_model):
-            found = (HfApi().model_info(str(base_model), timeout=timeout).card_data or {}).get("license")
+            card = HfApi().model_info(str(base_model), timeout=timeout).card_data
         else:
             return None
+        found = (card or {}).get("license")
     except Exception:  # no card, a broken one, no network, no such repository, not for us: a card can do without
         return None
     return found if isinstance(found, str) else None

@@ -87,7 +87,7 @@ def differences(override: Mapping[str, Any]) -> str:
 def soup_method(soup: Mapping[str, Any]) -> str | None:
     """How the soup was made."""
     statistics = {"recalibrate": "measured anew on training batches", "average": "averaged"}.get(
-        soup.get("batch_norm")
+        str(soup.get("batch_norm"))
     )
     if soup.get("method") and statistics:
         return f"{soup['method']}, BatchNorm statistics {statistics}"

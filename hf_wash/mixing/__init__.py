@@ -1,7 +1,8 @@
 """What the members of a population exchange after an optimizer step. Knows torch and NumPy only."""
 
+from .outcome import ContagionError, MixStats, PlanMismatchError
 from .schedule import expected_values_moved, layer_probabilities, schedule_probabilities, shuffled_layers
-from .wash import ContagionError, MixStats, PlanMismatchError, WashMixer
+from .wash import WashMixer
 
 
 __all__ = [

@@ -3,6 +3,7 @@
 import torch.distributed as dist
 from torch import nn
 
+from ..architecture import describe_architecture, unlike
 from .optimizer_state import Layout, common_layout
 from .schedule import plain_name
 
@@ -21,30 +22,10 @@ def processes(process_group: dist.ProcessGroup | None) -> tuple[dist.ProcessGrou
     return (group if size > 1 else None), rank, size
 
 
-def architecture(model: nn.Module) -> list[tuple[str, str]]:
-    """Each parameter's name, and what there is to say of it."""
-    return [
-        (plain_name(name), f"shape {tuple(p.shape)}, {p.dtype}, {'trainable' if p.requires_grad else 'frozen'}")
-        for name, p in model.named_parameters()
-    ]
-
-
-def difference(expected: list[tuple[str, str]], found: list[tuple[str, str]]) -> str | None:
-    """The first difference of two architectures, in words."""
-    for (name, what), (other_name, other) in zip(expected, found, strict=False):
-        if name != other_name:
-            return f"has the parameter {other_name!r} where the other has {name!r}"
-        if what != other:
-            return f"has the parameter {name!r} with {other}, and the other with {what}"
-    if len(expected) != len(found):
-        longer, has = (expected, "lacks") if len(expected) > len(found) else (found, "has")
-        return f"{has} the parameter {longer[min(len(expected), len(found))][0]!r}, unlike the other"
-    return None
-
-
-def unlike(member: int, other: int, difference: str | None) -> str:
-    """That two members differ, in a sentence."""
-    return f"Member {member} does not have the architecture of member {other}: it {difference}."
+def architecture(model: nn.Module) -> list[tuple]:
+    """What has to be alike in all members: their parameters, however they are compiled. Buffers are not touched."""
+    names = {name for name, _ in model.named_parameters()}
+    return [(plain_name(name), *told) for name, *told in describe_architecture(model) if name in names]
 
 
 def agree(group: dist.ProcessGroup, error: str | None, description: dict, layout: Layout) -> tuple[str | None, Layout]:
@@ -61,7 +42,7 @@ def agree(group: dist.ProcessGroup, error: str | None, description: dict, layout
                 continue
             if key == "architecture":
                 first = process * reference["number of members"]
-                return unlike(first, 0, difference(value, other[key])), ()
+                return unlike(value, other[key], 0, first), ()
             return (
                 f"Processes have to agree on the {key}: process 0 has {value!r} and process {process} {other[key]!r}.",
                 (),

@@ -1,8 +1,8 @@
 """
 WASH: after an optimizer step, members of a population exchange a few of their weights.
 
-What a caller uses is here: [`WashMixer`], the statistics it returns and the errors it raises. The draw is in `plan.py`,
-the transport in `exchange.py`, the probabilities in `schedule.py`.
+What a caller uses is [`WashMixer`]; the statistics it returns and the errors it raises are in `outcome.py`, the draw in
+`plan.py`, the transport in `exchange.py`, the probabilities in `schedule.py`.
 """
 
 import functools
@@ -10,94 +10,22 @@ import queue
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from .agreement import agree, architecture, difference, processes, unlike
+from ..architecture import unlike
+from .agreement import agree, architecture, processes
 from .drafts import Draft, Promise, dismiss, keep_promises
-from .exchange import (
-    BAD,
-    FLAGS,
-    MISSING,
-    STATE_CHANGED,
-    STEP,
-    STOP,
-    DeviceShipment,
-    HostShipment,
-    Wire,
-    room_for_values,
-)
+from .exchange import DeviceShipment, HostShipment
 from .memory import Plane, Views, aligned, look, overlaps
 from .optimizer_state import Layout, OptimizerStates, common_layout, optimizer_name, trial_refusal
+from .outcome import ContagionError, MixStats, PlanMismatchError
 from .plan import PLAN_VERSION, Planner
 from .schedule import SCHEDULES, check_probability, layer_probabilities, shuffled_layers
-
-
-class ContagionError(RuntimeError):
-    """
-    A member would have handed NaN or infinite values to others. Raised on every process, at the same step.
-
-    Attributes:
-        members (`tuple[int, ...]`):
-            The members whose values were not finite.
-        step (`int`):
-            The step of the shuffle that was refused.
-    """
-
-    def __init__(self, members: Sequence[int], step: int):
-        self.members = tuple(members)
-        self.step = step
-        who = f"Member {members[0]} holds" if len(members) == 1 else f"Members {', '.join(map(str, members))} hold"
-        super().__init__(
-            f"{who} NaN or infinite values among those to be shuffled at step {step}. The shuffle of this step was not "
-            f"carried out, so no other member has got any of them. Resume from a checkpoint before this step, with a "
-            f"lower learning rate or clipped gradients."
-        )
-
-
-class PlanMismatchError(RuntimeError):
-    """
-    Processes came to a shuffle with different plans, of different steps for example. Raised on every process.
-
-    Nothing was written into any member.
-    """
-
-
-@dataclass(frozen=True)
-class MixStats:
-    """
-    What an exchange moved. Values are counted once for each member that received one from another member; those of the
-    optimizer's state are among them where it is shuffled.
-
-    Attributes:
-        values_moved (`int`):
-            Values that members of this process received from other members.
-        bytes_exchanged (`int`):
-            Their bytes, whether they came from another process or not.
-        bytes_sent (`int`):
-            Bytes that this process put on the wire, headers included. 0 with one process.
-        averaged (`bool`):
-            Whether whole models were averaged, so that BatchNorm statistics need to be re-estimated.
-        stop_requested (`bool`):
-            Whether any process asked for a stop. The same on every process.
-        population_values_moved (`int`), population_bytes_exchanged (`int`):
-            `values_moved` and `bytes_exchanged` over all members, whatever the layout. The same on every process.
-        wait_seconds (`float`):
-            How long this process waited in the collective, in seconds.
-    """
-
-    values_moved: int
-    bytes_exchanged: int
-    bytes_sent: int
-    averaged: bool
-    stop_requested: bool
-    population_values_moved: int
-    population_bytes_exchanged: int
-    wait_seconds: float
+from .wire import BAD, FLAGS, MISSING, STATE_CHANGED, STEP, STOP, Wire, room_for_values
 
 
 # In the place of a plan's digest when nothing is to be moved.
@@ -241,9 +169,8 @@ class WashMixer:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a mapping, and is {schedule!r}.")
         architectures = [architecture(member) for member in members]
         for number, theirs in zip(self._members, architectures, strict=True):
-            differing = difference(architectures[0], theirs)
-            if differing:
-                raise ValueError(unlike(number, self._members[0], differing))
+            if said := unlike(architectures[0], theirs, self._members[0], number):
+                raise ValueError(said)
         parameters = [
             {name: parameter for layer in shuffled_layers(member).values() for name, parameter in layer.items()}
             for member in members
@@ -356,12 +283,12 @@ class WashMixer:
                 raise ValueError(self._broken)
             if self._late:
                 # No header is like this one, so that nothing is written anywhere.
-                shipment.exchange(shipment.gather(self._header(_NO_SHUFFLE, step, 0)))
+                shipment.ship(self._header(_NO_SHUFFLE, step, 0))
                 raise ValueError(self._broken)
             self._refusal, state_changed = self._broken, True
         missing = any(self._views[plane].exists is not None for plane in self._planes)
         flags = STOP * stop_requested | STATE_CHANGED * state_changed | MISSING * missing
-        headers, sent, waited = shipment.exchange(shipment.gather(self._header(digest, step, flags)))
+        headers, sent, waited = shipment.ship(self._header(digest, step, flags))
 
         if self._late:
             # The device itself looks into the headers and writes nothing if they are not as they should be.
@@ -377,7 +304,7 @@ class WashMixer:
             self._carry(self._agreed)
             shipment.keep_only(len(self._weights))
             rest = self._shipment(draft, self._planes[len(self._weights) :])
-            headers, more, longer = rest.exchange(rest.gather(self._header(digest, step, 0)))
+            headers, more, longer = rest.ship(self._header(digest, step, 0))
             self._judge(headers, step, digest)
             shipments.append(rest)
             sent, waited = sent + more, waited + longer

@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..architecture import first_difference
+
 
 # The names of the safetensors format for the element types that torch has, too.
 _SAFETENSORS_DTYPES = {
@@ -219,20 +221,10 @@ def check_alike(reference: WeightSource, other: WeightSource, prefix: str | None
     if prefix is None:
         prefix = f"{other.description} cannot be averaged with {reference.description}:"
         prefix = prefix[0].upper() + prefix[1:]
-    for name, spec in reference.specs.items():
-        if name not in other.specs:
-            raise ValueError(f"{prefix} '{name}' is missing in {other.description}.")
-        if spec == other.specs[name]:
-            continue
-        for what, here, there in zip(("shape", "dtype"), spec, other.specs[name], strict=False):
-            if here != there:
-                raise ValueError(
-                    f"{prefix} '{name}' has {what} {there} in {other.description} and {here} in "
-                    f"{reference.description}."
-                )
-    for name in other.specs:
-        if name not in reference.specs:
-            raise ValueError(f"{prefix} '{name}' is missing in {reference.description}.")
+    ours, theirs = ([(name, *spec) for name, spec in source.specs.items()] for source in (reference, other))
+    difference = first_difference(ours, theirs, reference.description, other.description, in_order=False)
+    if difference is not None:
+        raise ValueError(f"{prefix} {difference}.")
 
 
 def check_is_a_collection(members: Any) -> None:

@@ -239,31 +239,29 @@ def resolve(
     """
     search = requested is True or requested == "auto"
 
-    def look() -> tuple[str | None, list[str]]:
+    def look() -> tuple[tuple[str, str] | None, list[str]]:
         if not leads:
             return None, []
         if not search:
-            verify(str(requested))
-            return Path(str(requested)).name, []
+            return (Path(str(requested)).name, verify(str(requested))["run"]), []
         found, skipped = newest_complete(run_folder)
-        if found is not None:
-            _refuse_several_runs(run_folder)
-        return found.name if found else None, [reason for _, reason in skipped]
+        if found is None:
+            return None, [reason for _, reason in skipped]
+        _refuse_several_runs(run_folder)
+        return (found.name, read_manifest(found)["run"]), [reason for _, reason in skipped]
 
     outcomes = checked(population, look)
-    name, skipped = outcomes[0]
-    if any(other not in (None, name) for other, _ in outcomes):
-        raise ValueError(
-            f"The machines hold different newest checkpoints ({', '.join(str(other) for other, _ in outcomes)}): "
-            "remove what is not on all of them."
-        )
+    found, skipped = outcomes[0]
+    if any(other not in (None, found) for other, _ in outcomes):
+        held = ", ".join(f"{other[0]} of run {other[1][:8]}" if other else "none" for other, _ in outcomes)
+        raise ValueError(f"The machines hold different newest checkpoints ({held}): remove what is not on all of them.")
     for reason in skipped if population.rank == 0 else ():
         logger.warning(f"A checkpoint is skipped: {reason}.")
-    if name is None:
+    if found is None:
         if requested == "auto":
             return None
         raise ValueError(f"No complete checkpoint was found in `{run_folder}`.")
-    folder = os.path.join(run_folder, name) if search else str(requested)
+    folder = os.path.join(run_folder, found[0]) if search else str(requested)
     return folder, checked(population, lambda: read_manifest(folder))[population.rank]
 
 

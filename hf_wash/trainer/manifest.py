@@ -25,6 +25,7 @@ TRAINER_STATE = "trainer_state.json"
 UNNAMED_RUN = "unnamed"
 # Bytes. The manifest of ten thousand tensors has about one million.
 _LARGEST = 1 << 26
+_RUN = re.compile(r"[\w-]{1,64}", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)", re.ASCII)
 
@@ -154,7 +155,7 @@ def _is_window(value: Any) -> bool:
 
 # What a manifest must say, and what it must be.
 _MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "run": (lambda value: _is_text(value) and 0 < len(value) <= 64, "the name of a run"),
+    "run": (lambda value: isinstance(value, str) and bool(_RUN.fullmatch(value)), "the name of a run"),
     "step": (lambda value: _is_whole(value, 1), "a number of at least 1"),
     "total_steps": (lambda value: _is_whole(value, 1), "a number of at least 1"),
     "epoch": (_is_whole, "a number of at least 0"),

@@ -142,6 +142,7 @@ HOSTILE = {
         for value in (None, [[]], "x" * 100, {"a": 1}, -1, 1.5, True, 10**30)
         if (name, value) not in [("options", {"a": 1}), ("seed", -1), ("seed", 10**30)]
     },
+    "a run with escape codes": (lambda content: content.update(run="\x1b[31m"), "`run` must be the name of a run"),
     "a population of 0": (
         lambda content: content.update(population_size=0),
         "must be a number of at least 1, found 0",

@@ -1,11 +1,15 @@
 """What the processes of a mixer must agree on before anything moves: who they are, and what their members look like."""
 
+from collections.abc import Sequence
+
+import torch
 import torch.distributed as dist
 from torch import nn
 
 from ..architecture import describe_architecture, unlike
+from .memory import aligned, overlaps
 from .optimizer_state import Layout, common_layout
-from .schedule import plain_name
+from .schedule import plain_name, shuffled_layers
 
 
 def processes(process_group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None, int, int]:
@@ -26,6 +30,68 @@ def architecture(model: nn.Module) -> list[tuple]:
     """What has to be alike in all members: their parameters, however they are compiled. Buffers are not touched."""
     names = {name for name, _ in model.named_parameters()}
     return [(plain_name(name), *told) for name, *told in describe_architecture(model) if name in names]
+
+
+def check_members(members: Sequence[nn.Module], numbers: range) -> list[dict[str, nn.Parameter]]:
+    """
+    Check that this process's members can exchange weights.
+
+    Args:
+        members (`Sequence[torch.nn.Module]`):
+            The members that this process hosts.
+        numbers (`range`):
+            Their places in the population.
+
+    Returns:
+        `list[dict[str, torch.nn.Parameter]]`: For each, the parameters that are exchanged by name, in the same order.
+
+    Raises:
+        ValueError: for no members, members that differ, a model without a trainable floating-point parameter, or a
+            parameter that cannot be moved value by value.
+    """
+    if not members:
+        raise ValueError("This process was given no members; every process needs at least one.")
+    architectures = [architecture(member) for member in members]
+    for number, theirs in zip(numbers, architectures, strict=True):
+        if problem := unlike(architectures[0], theirs, numbers[0], number):
+            raise ValueError(problem)
+    parameters = [
+        {name: parameter for layer in shuffled_layers(member).values() for name, parameter in layer.items()}
+        for member in members
+    ]
+    if not parameters[0]:
+        raise ValueError(
+            f"{type(members[0]).__name__} has no trainable floating-point parameter, so there is nothing to shuffle."
+        )
+    owners: dict[int, int] = {}
+    devices: dict[torch.device, str] = {}
+    for number, own in zip(numbers, parameters, strict=True):
+        for name, parameter in own.items():
+            if owners.setdefault(id(parameter), number) != number:
+                raise ValueError(
+                    f"Members {owners[id(parameter)]} and {number} share the parameter {name!r}; each member needs "
+                    f"its own (copy.deepcopy(model) makes one)."
+                )
+            if overlaps(parameter):
+                raise ValueError(
+                    f"Elements of the parameter {name!r} of member {number} share memory (it was expanded); "
+                    f"make it contiguous first."
+                )
+            if not aligned(parameter):
+                raise ValueError(
+                    f"The parameter {name!r} of member {number} does not start at a multiple of its elements' size "
+                    f"in memory; clone it first."
+                )
+            if type(parameter.data) is not torch.Tensor:
+                raise ValueError(
+                    f"The parameter {name!r} of member {number} is a {type(parameter.data).__name__}; only plain "
+                    f"tensors can be shuffled."
+                )
+            devices.setdefault(parameter.device, f"{name!r} of member {number}")
+    if len(devices) > 1:
+        (first, one), (second, other), *_ = devices.items()
+        raise ValueError(f"{one} is on {first} and {other} on {second}; one process needs them on one device.")
+    return parameters
 
 
 def agree(group: dist.ProcessGroup, error: str | None, description: dict, layout: Layout) -> tuple[str | None, Layout]:

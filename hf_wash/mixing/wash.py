@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..architecture import unlike
-from .agreement import agree, architecture, processes
+from .agreement import agree, architecture, check_members, processes
 from .drafts import Draft, Promise, dismiss, keep_promises
 from .exchange import DeviceShipment, HostShipment
-from .memory import Plane, Views, aligned, look, overlaps
+from .memory import Plane, Views, look
 from .optimizer_state import Layout, OptimizerStates, common_layout, optimizer_name, trial_refusal
 from .outcome import ContagionError, MixStats, PlanMismatchError
 from .plan import PLAN_VERSION, Planner
@@ -162,51 +161,10 @@ class WashMixer:
 
     def _check(self, members, optimizers, probability, schedule, seed) -> dict[str, object]:
         """Checks what one process can check by itself. Returns what all of them have to agree on."""
-        if not members:
-            raise ValueError("This process was given no members; every process needs at least one.")
         check_probability(probability)
         if not isinstance(schedule, Mapping) and schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a mapping, and is {schedule!r}.")
-        architectures = [architecture(member) for member in members]
-        for number, theirs in zip(self._members, architectures, strict=True):
-            if said := unlike(architectures[0], theirs, self._members[0], number):
-                raise ValueError(said)
-        parameters = [
-            {name: parameter for layer in shuffled_layers(member).values() for name, parameter in layer.items()}
-            for member in members
-        ]
-        if not parameters[0]:
-            raise ValueError(
-                f"{type(members[0]).__name__} has no trainable floating-point parameter, so there is nothing to shuffle."
-            )
-        owners: dict[int, int] = {}
-        devices: dict[torch.device, str] = {}
-        for number, members_parameters in zip(self._members, parameters, strict=True):
-            for name, parameter in members_parameters.items():
-                if owners.setdefault(id(parameter), number) != number:
-                    raise ValueError(
-                        f"Members {owners[id(parameter)]} and {number} share the parameter {name!r}; each member needs "
-                        f"its own (copy.deepcopy(model) makes one)."
-                    )
-                if overlaps(parameter):
-                    raise ValueError(
-                        f"Elements of the parameter {name!r} of member {number} share memory (it was expanded); "
-                        f"make it contiguous first."
-                    )
-                if not aligned(parameter):
-                    raise ValueError(
-                        f"The parameter {name!r} of member {number} does not start at a multiple of its elements' size "
-                        f"in memory; clone it first."
-                    )
-                if type(parameter.data) is not torch.Tensor:
-                    raise ValueError(
-                        f"The parameter {name!r} of member {number} is a {type(parameter.data).__name__}; only plain "
-                        f"tensors can be shuffled."
-                    )
-                devices.setdefault(parameter.device, f"{name!r} of member {number}")
-        if len(devices) > 1:
-            (first, one), (second, other), *_ = devices.items()
-            raise ValueError(f"{one} is on {first} and {other} on {second}; one process needs them on one device.")
+        parameters = check_members(members, self._members)
         layers = shuffled_layers(members[0])
         by_layer = layer_probabilities(members[0], probability, schedule)
         self._probabilities = [by_layer[layer] for layer, owned in layers.items() for _ in owned]
@@ -227,7 +185,7 @@ class WashMixer:
                 self._states = states
                 self._announced = states.layout()
         return {
-            "architecture": architectures[0],
+            "architecture": architecture(members[0]),
             "number of members": len(members),
             "probability": float(probability),
             "schedule": dict(schedule) if isinstance(schedule, Mapping) else schedule,

@@ -254,7 +254,9 @@ def resolve(
     found, skipped = outcomes[0]
     if any(other not in (None, found) for other, _ in outcomes):
         held = ", ".join(f"{other[0]} of run {other[1][:8]}" if other else "none" for other, _ in outcomes)
-        raise ValueError(f"The machines hold different newest checkpoints ({held}): remove what is not on all of them.")
+        raise ValueError(
+            f"The machines hold different newest checkpoints ({held}): remove what is not on all of them."
+        )
     for reason in skipped if population.rank == 0 else ():
         logger.warning(f"A checkpoint is skipped: {reason}.")
     if found is None:

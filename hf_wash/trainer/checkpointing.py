@@ -364,9 +364,12 @@ class Checkpointing(Part):
         self._globalstep_last_logged = window["since"]
         self._log = MemberLog(self.population, [parts[index]["loss"] for index in self.population.indices])
 
-    def _is_finished(self) -> bool:
-        """Whether the checkpoint that this run goes on from is its last: the loop would take one more step (5.23)."""
-        return self._resume is not None and self.state.global_step >= self.state.max_steps
+    def _stops_because_finished(self) -> bool:
+        """Stop if the checkpoint that this run goes on from is its last: the loop would take one more step (5.23)."""
+        finished = self._resume is not None and self.state.global_step >= self.state.max_steps
+        if finished:
+            self.control.should_training_stop = True
+        return finished
 
     def _finish_without_training(self) -> None:
         """What a run that had nothing left to do hands out is its last checkpoint's."""

@@ -429,8 +429,7 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         return model, loader
 
     def _run_epoch(self, *args, **kwargs):
-        if self._is_finished():
-            self.control.should_training_stop = True
+        if self._stops_because_finished():
             return None
         if self._resume is not None:
             self._continue_from(self._resume, kwargs["epoch"], kwargs["steps_trained_in_current_epoch"])

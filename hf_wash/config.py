@@ -4,7 +4,9 @@ for the Trainer's own. What the options do lives elsewhere.
 """
 
 import contextlib
+import copy
 import math
+import multiprocessing.context
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from .population import failures
+from .secret_options import without_secrets
 
 
 logger = logging.get_logger(__name__)
@@ -38,7 +41,6 @@ FITTING_SHUFFLES = 140
 LARGEST_FITTED_PROBABILITY = 0.5
 
 
-# Not a representation of their own: the Trainer's arguments hide the token of the Hub in theirs.
 @dataclass(repr=False)
 class PopulationArguments:
     r"""
@@ -187,6 +189,9 @@ class PopulationArguments:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if "__repr__" not in vars(cls):
+            # A dataclass would make one that tells the Hub's token.
+            cls.__repr__ = cls.__str__  # type: ignore[assignment,method-assign]
         order = cls.__mro__
         if TrainingArguments in order and order.index(TrainingArguments) < order.index(PopulationArguments):
             # Nothing would be checked, and losses be scaled by the number of processes.
@@ -237,6 +242,39 @@ class PopulationArguments:
         # On several processes sentence-transformers (6.2) drops the last batch, lest their numbers of batches differ. A
         # member's batches are those of a run of its own, however many processes there are.
         self.dataloader_drop_last = drop_last
+
+    # What is written of a run's options: the Trainer pickles its arguments beside each model that it saves, in a file
+    # that an upload takes along, and callbacks write `to_dict`.
+
+    # The class by whose name a pickle finds it, where that is not the object's own.
+    _pickled_as = None
+
+    def __reduce__(self):
+        # A process that is being started needs what this one has; what is written to a disk holds no secret.
+        starting = multiprocessing.context.get_spawning_popen() is not None
+        options = dict(vars(self)) if starting else dict(without_secrets(vars(self)))
+        return _restored, (self._pickled_as or type(self), options)
+
+    def __copy__(self):
+        made = object.__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
+    def __deepcopy__(self, memo):
+        made = memo[id(self)] = object.__new__(type(self))
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain values, for logs and reports; secrets are left out, those inside of options, too."""
+        return without_secrets(super().to_dict())  # type: ignore[misc]
+
+    def __str__(self) -> str:
+        shown = copy.copy(self)
+        vars(shown).update(without_secrets(vars(self)))
+        return super(PopulationArguments, shown).__str__()
+
+    __repr__ = __str__
 
     def _check_population_options(self) -> None:
         def require(condition: bool, name: str, must: str) -> None:
@@ -347,7 +385,7 @@ class PopulationArguments:
         return self.probability_for(total_steps) * self.mixing_steps(total_steps)
 
 
-@dataclass(repr=False)
+@dataclass
 class WashConfig(PopulationArguments, TrainingArguments):
     """
     Options of a [`WashTrainer`]: those of [`PopulationArguments`], and those of [`~transformers.TrainingArguments`] for
@@ -369,6 +407,12 @@ class WashConfig(PopulationArguments, TrainingArguments):
 
 def _launched_in_several() -> bool:
     return dist.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _restored(arguments_class: type, options: dict[str, Any]) -> Any:
+    made = object.__new__(arguments_class)
+    vars(made).update(options)
+    return made
 
 
 def _plain(value: Any) -> Any:

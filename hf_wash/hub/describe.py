@@ -45,6 +45,7 @@ _license_of = functools.cache(inherited_license)
 
 def describe_run(
     *,
+    run: str | None,
     args: Any,
     state: TrainerState,
     model: nn.Module,
@@ -63,6 +64,8 @@ def describe_run(
     Puts together what is to be known about a run. No process waits for another.
 
     Args:
+        run (`str`, *optional*):
+            The run's identity, as its checkpoints have it; `None` before training.
         args ([`WashConfig`]), state (`TrainerState`):
             The options, and how far the run has come.
         model (`torch.nn.Module`):
@@ -101,6 +104,7 @@ def describe_run(
         soup["left_out"] = list(left_out)
     libraries = ("torch", "transformers", "accelerate", "timm")
     return {
+        "run": run,
         "model": {
             "class": type(model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),

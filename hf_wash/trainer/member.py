@@ -102,18 +102,8 @@ class MemberAccelerator:
 def _of_one_process(arguments_class: type) -> type:
     """The class of a member's arguments: its own processes are one, and that one writes its files."""
 
-    def as_saved(self):
-        plain = copy.copy(vars(self))
-        return _restore, (arguments_class, plain)
-
-    own = {"process_index": 0, "local_process_index": 0, "world_size": 1, "should_save": True, "__reduce__": as_saved}
-    return type(arguments_class.__name__, (arguments_class,), own)
-
-
-def _restore(arguments_class: type, state: dict[str, Any]) -> Any:
-    restored = object.__new__(arguments_class)
-    vars(restored).update(state)
-    return restored
+    own = {"process_index": 0, "local_process_index": 0, "world_size": 1, "should_save": True}
+    return type(arguments_class.__name__, (arguments_class,), {**own, "_pickled_as": arguments_class})
 
 
 def arguments_of_member(args: TrainingArguments, **own: Any) -> Any:

@@ -367,6 +367,8 @@ class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Check
         return model, loader
 
     def _run_epoch(self, *args, **kwargs):
+        if self._stops_because_finished():
+            return None
         if self._resume is not None:
             self._continue_from(self._resume, kwargs["epoch"], kwargs["steps_trained_in_current_epoch"])
             self._resume = None
@@ -487,6 +489,7 @@ class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Check
             self._requests.agree("on_log", self.state, self.control)
 
     def _finalize_training(self, trial, num_train_samples, *args, **kwargs):
+        self._finish_without_training()
         # What has not been logged yet.
         step = self.state.global_step
         added = self._log.collect(step, step - self._globalstep_last_logged)[-1]

@@ -34,6 +34,8 @@ class Part(Trainer):
     _mixing: MixingRun | None
     _member_log: MemberLog | None
     _resume: dict[str, Any] | None
+    # The identity of the run: made when it begins, kept when it goes on.
+    _run: str | None = None
     _trainings: int
     _total_steps: int
 

@@ -135,6 +135,7 @@ class Publishing(Part):
     def _run_record(self, ask_hub: bool = True) -> dict[str, Any]:
         """What `wash_run.json` says, from this process's knowledge; the Hub is asked for a license where it may be."""
         return describe_run(
+            run=self._run,
             args=self.args,
             state=self.state,
             model=self._described_model(),

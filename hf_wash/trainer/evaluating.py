@@ -130,7 +130,9 @@ class Evaluating(Part):
 
     def _advance_streams(self) -> None:
         # Iterating over a data loader draws its base seed from the global generator (torch 2.15), so a plain run's
-        # stream moves on by one draw with each evaluation; so must the members'.
+        # stream moves on by one draw with each evaluation; so must the members'. After training they are at rest.
+        if self._trainings and not self.is_in_train:
+            return
         for index in self.population.indices:
             with self.population.streams.use(index):
                 torch.empty((), dtype=torch.int64).random_()

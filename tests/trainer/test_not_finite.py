@@ -84,7 +84,10 @@ def run_folder(tmp_path_factory):
 def as_of_an_older_version(folder, *, poison):
     """A checkpoint whose manifest says nothing of what is finite, with a member that is not."""
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-    del manifest["finite"]
+    # Format 1: neither that, nor a digest of itself, nor whose run it is.
+    for name in ("finite", "digest", "run"):
+        del manifest[name]
+    manifest["format"] = 1
     if poison is not None:
         path = folder / f"member_{poison}" / checkpoint.MEMBER_WEIGHTS
         tensors = checkpoint.load_file(path)
@@ -104,8 +107,8 @@ def test_resuming_passes_over_a_checkpoint_of_an_older_version_that_is_not_finit
 ):
     folder = tmp_path / "copy"
     shutil.copytree(run_folder, folder)
-    as_of_an_older_version(folder / "checkpoint-12", poison=1)
-    as_of_an_older_version(folder / "checkpoint-8", poison=None)
+    for path in folder.glob("checkpoint-*"):
+        as_of_an_older_version(path, poison=1 if path.name == "checkpoint-12" else None)
     trainer = population(folder, **{**SAVING, "size": 2})
     started_at = []
 

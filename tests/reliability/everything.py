@@ -1,11 +1,12 @@
 """All situations, in the order of the table."""
 
-from reliability import options
+import importlib
+
 from reliability.tiny import TEMPLATES
 
 
-MODULES = (options,)
-SITUATIONS = [situation for module in MODULES for situation in module.SITUATIONS]
+FILES = ("options", "data", "models", "not_finite", "mixers", "soups")
+SITUATIONS = [s for name in FILES for s in importlib.import_module(f"reliability.{name}").SITUATIONS]
 
 assert len({situation.id for situation in SITUATIONS}) == len(SITUATIONS), "two situations have one name"
 __all__ = ["SITUATIONS", "TEMPLATES"]

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import dataclasses
 import fnmatch
+import gc
 import hashlib
 import importlib
 import json
@@ -120,7 +121,7 @@ class Situation:
     processes: int = 1
     template: str | None = None
     may_change: tuple[str, ...] = ()
-    limit: float = 20.0
+    limit: float = 30.0
     slow: bool = False
 
     @property
@@ -418,6 +419,9 @@ def serve() -> None:
         for name in templates.result("modules"):
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
+        # Or each child's collector would copy every page that it looks at.
+        gc.collect()
+        gc.freeze()
         for line in sys.stdin:
             name, folder = json.loads(line)
             began = time.monotonic()

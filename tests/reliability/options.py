@@ -77,6 +77,10 @@ def _synchronised(place):
     trainer(place)
 
 
+def _no_model(place):
+    WashTrainer(args=WashConfig(**options(place.run)))
+
+
 TOGETHER = {
     "a start behind the stop": (_with(shuffle_start=0.5, shuffle_stop=0.25), ["`shuffle_start` must be at most"]),
     "nothing held out": (_with(soup_holdout=0.0), ["`soup_holdout` must be"]),
@@ -87,7 +91,6 @@ TOGETHER = {
     "overrides for one member": (_with(given={"members": [MemberOverrides()]}), ["lists 1 members", "has 2"]),
     "overrides for none": (_with(given={"members": []}), ["lists 0 members", "has 2"]),
     "a plain Trainer's arguments": (_plain_arguments, ["must be a `WashConfig`"]),
-    "no arguments": (lambda place: WashTrainer(vit(), train_dataset=Points()) and None, ["must be a `WashConfig`"]),
     "the population behind the arguments": (_wrong_order, ["must be the first base of `Behind`"]),
     "DeepSpeed": (_set_later(deepspeed={"zero_optimization": {"stage": 2}}), ["DeepSpeed"]),
     "FSDP in the environment": (_synchronised, ["FSDP"]),
@@ -96,7 +99,6 @@ TOGETHER = {
     "an optimizer in the backward pass": (_set_later(optim="adalomo"), ["backward pass"]),
     "GaLore, layer by layer": (_set_later(optim="galore_adamw_layerwise"), ["backward pass"]),
     "a search": (lambda place: trainer(place).hyperparameter_search(), ["not supported for a population"]),
-    "no model": (lambda place: WashTrainer(args=WashConfig(**options(place.run))) and None, ["model"]),
 }  # fmt: skip
 
 
@@ -124,5 +126,6 @@ SITUATIONS = [
         if not (value is None and name in ("population_size", "shuffle_probability"))
     ),
     *(Situation(KIND, name, (Act(do, refused(*says)),)) for name, (do, says) in TOGETHER.items()),
+    Situation(KIND, "no model", (Act(_no_model, refused("requires either a `model`", error="RuntimeError")),)),
     *(Situation(KIND, f"a member's {name}", (Act(do, refused(*says)),)) for name, (do, says) in OVERRIDES.items()),
 ]

@@ -236,6 +236,12 @@ class WashMixer:
         """Checks what one process can check by itself. Returns what all of them have to agree on."""
         if not members:
             raise ValueError("This process was given no members; every process needs at least one.")
+        strange = next((each for each in members if not isinstance(each, nn.Module)), None)
+        if strange is not None:
+            raise ValueError(f"Each member must be a torch.nn.Module, found a {type(strange).__name__}.")
+        strange = next((each for each in optimizers if not hasattr(each, "param_groups")), None)
+        if strange is not None:
+            raise ValueError(f"Each optimizer must be a torch.optim.Optimizer, found a {type(strange).__name__}.")
         check_probability(probability)
         if not isinstance(schedule, Mapping) and schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a mapping, and is {schedule!r}.")

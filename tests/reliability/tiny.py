@@ -183,7 +183,8 @@ def _models(place: Place) -> None:
 
     for seed in range(4):
         export_model(
-            vit(seed), place.folder / f"model_{seed}", ViTImageProcessor(size={"height": 8, "width": 8}), check=False
+            vit(seed), place.folder / f"model_{seed}", check=False,
+            processing_class=ViTImageProcessor(size={"height": 8, "width": 8}),
         )
 
 

@@ -218,7 +218,7 @@ def _judge(expected: Expected, end: dict, place: Path, reference: Any):
         yield f"hangs (killed after {end['seconds']:.0f} s)"
         return
     if expected.outcome == "killed":
-        if end["code"] not in (-signal.SIGKILL, 77):
+        if end["code"] not in (-signal.SIGKILL, -signal.SIGTERM, 77):
             yield f"was to be killed and ended with exit code {end['code']}"
         return
     error = end["error"]
@@ -447,6 +447,7 @@ class Server:
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from reliability.harness import serve; serve()"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment,
+            cwd=HERE.parent,  # not where another hf_wash may lie
         )  # fmt: skip
         return self
 

@@ -56,7 +56,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "has a flipped bit at its beginning": _flip(0),
     "has a flipped bit in its middle": _flip(0.5),
     "has a flipped bit at its end": _flip(1),
-    "has a byte more": lambda file: file.write_bytes(file.read_bytes() + b"\n"),
+    "has a byte more": lambda file: file.write_bytes(file.read_bytes() + b"}"),
     "is a folder": _instead(lambda file: file.mkdir()),
     "is a FIFO": _instead(lambda file: os.mkfifo(file)),
     "is a link to itself": _instead(lambda file: file.symlink_to(file.name)),
@@ -189,13 +189,12 @@ SEALED = {
         for name in ("streams", "loader")
     },
     **{
-        f"a trainer's state that is {text!r}": (_text(STATE, text), [STATE])
+        f"a trainer's state that is {text!r}": (_text(STATE, text), ["checkpoint-4"])
         for text in ("", "{", "null", "[]", "{}", "3", '{"global_step": "4"}', '{"global_step": 2}', '{"global_step": 4, "what": 1}')
     },
-    "a trainer's state of deep nesting": (_text(STATE, "[" * 100_000 + "]" * 100_000), [STATE]),
-    "a trainer's state of bytes": (_text(STATE, b"\xff\xfe\x00"), [STATE]),
+    "a trainer's state of deep nesting": (_text(STATE, "[" * 100_000 + "]" * 100_000), ["checkpoint-4"]),
+    "a trainer's state of bytes": (_text(STATE, b"\xff\xfe\x00"), ["checkpoint-4"]),
     "a trainer's state whose log is a text": (_json(STATE, lambda content: content.update(log_history="none")), [STATE]),
-    "a trainer's state whose epoch is a text": (_json(STATE, lambda content: content.update(epoch="first")), [STATE]),
     "a trainer's state whose callbacks are a list": (_json(STATE, lambda c: c.update(stateful_callbacks=[1])), [STATE]),
 }  # fmt: skip
 
@@ -230,7 +229,7 @@ def _sealed_act(harm, says) -> Act:
 
 SITUATIONS = [
     *(
-        situation(KIND, f"{name} {what}", explicitly(of_file(name, damage), name.split("/")[-1]))
+        situation(KIND, f"{name} {what}", explicitly(of_file(name, damage), "checkpoint-4", *([] if "another step" in what else [name.split("/")[-1]])))
         for name in FILES
         for what, damage in DAMAGES.items()
         # Members are alike: of the second one, what depends on the place.

@@ -300,51 +300,99 @@ def end_of_prepared(reports: Path, before: dict[str, str]) -> dict[str, str]:
 # ---- Processes -----------------------------------------------------------------------------------------------------
 
 
-def _act(do: Callable, place: Path, reports: Path, processes: int, limit: float) -> list[dict]:
-    """Fork, wait, kill what is late. One dictionary for each process."""
+class Children:
+    """Forked processes of one act; the end of each is in `ends`."""
+
+    def __init__(self, reports: Path, pids: list[int]):
+        self.reports, self.pids = reports, pids
+        self.began = time.monotonic()
+        self.ends: list[dict] = [{"hangs": False, "code": None, "seconds": 0.0} for _ in pids]
+        self._waiting = {pid: rank for rank, pid in enumerate(pids)}
+
+    def ended(self) -> bool:
+        """Whether all have ended."""
+        for pid, rank in list(self._waiting.items()):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                self.ends[rank] |= {"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - self.began}
+                del self._waiting[pid]
+        return not self._waiting
+
+    def kill(self, ranks: list[int]) -> None:
+        """SIGKILL, to those that are still there."""
+        for pid, rank in self._waiting.items():
+            if rank in ranks:
+                os.kill(pid, signal.SIGKILL)
+
+    def give_up(self) -> None:
+        """What has not ended by now hangs."""
+        for pid, rank in self._waiting.items():
+            self.ends[rank] |= {"hangs": True, "seconds": time.monotonic() - self.began}
+            os.kill(pid, signal.SIGABRT)  # with a look at where it stands, from faulthandler
+        time.sleep(0.3)
+        self.kill(list(range(len(self.pids))))
+        while not self.ended():
+            time.sleep(0.01)
+
+
+def start(do: Callable, place: Path, reports: Path, processes: int) -> Children:
+    """Fork processes that do something in a folder; `reports` is a new folder for what they say."""
     reports.mkdir(parents=True)
     world = {"RELIABILITY_REPORTS": str(reports)}
     if processes > 1:
         world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
         world |= {"MASTER_PORT": str(_free_port())}
-    began, children = time.monotonic(), {}
+    pids = []
     for rank in range(processes):
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
-            _be(do, Place(place, rank), reports, world | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}))
-        children[pid] = rank
-    ends = [{"hangs": False, "code": None, "seconds": 0.0} for _ in range(processes)]
-    waiting = dict(children)
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            _be(do, Place(place, rank), reports, world | own)
+        pids.append(pid)
+    return Children(reports, pids)
+
+
+def wait(children: Children, limit: float) -> list[dict]:
+    """
+    Wait for processes, and kill what is late.
+
+    Returns:
+        `list[dict]`: For each, `code`, `hangs`, `seconds`, `output` (stdout and stderr), `error` (`classes`, `message`)
+            and `result`, what `do` returned.
+    """
     pause = 0.002
-    while waiting:
-        for pid, rank in list(waiting.items()):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                ends[rank] |= {"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - began}
-                del waiting[pid]
-        if waiting and time.monotonic() - began > limit:
-            for pid, rank in waiting.items():
-                ends[rank] |= {"hangs": True, "seconds": time.monotonic() - began}
-                os.kill(pid, signal.SIGABRT)  # with a look at where it stands, from faulthandler
-            time.sleep(0.3)
-            for pid in waiting:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            waiting = {}
+    while not children.ended():
+        if time.monotonic() - children.began > limit:
+            children.give_up()
+            break
         time.sleep(pause)
         pause = min(pause * 1.2, 0.02)
-    for pid, rank in children.items():
+    for rank, (pid, end) in enumerate(zip(children.pids, children.ends, strict=True)):
         # What it has started itself, such as workers of data loaders.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
-        report = reports / f"{rank}.json"
-        written = json.loads(report.read_text()) if report.is_file() else {}
-        ends[rank] |= {"error": written.get("error"), "result": written.get("result")}
-        ends[rank]["output"] = (reports / f"{rank}.txt").read_text(errors="replace")
-    return ends
+        report, printed = children.reports / f"{rank}.json", children.reports / f"{rank}.txt"
+        written = json.loads(report.read_text() or "{}") if report.is_file() else {}
+        end |= {"error": written.get("error"), "result": written.get("result")}
+        end["output"] = printed.read_text(errors="replace") if printed.is_file() else ""
+    return children.ends
+
+
+def _act(do: Callable, place: Path, reports: Path, processes: int, limit: float) -> list[dict]:
+    return wait(start(do, place, reports, processes), limit)
+
+
+def verify_newest(run: Path) -> str | None:
+    """What is wrong with a run's newest checkpoint. An older one may be half rotated away."""
+    from hf_wash.trainer import checkpoint
+
+    found = sorted(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    try:
+        return checkpoint.verify(found[-1]) and None if found else None
+    except ValueError as error:
+        return str(error)
 
 
 def _free_port() -> int:

@@ -159,7 +159,8 @@ SITUATIONS = [
     ),
     Situation(KIND, "with a member of its own rate", (Act(_override, warned("learning_rate")),), template="unfinished",
               may_change=REWRITTEN),
-    Situation(KIND, "with more data", (Act(more_data, refused("batches")),), template="unfinished"),
+    Situation(KIND, "with more data", (Act(more_data, warned("batches")),), template="unfinished",
+              may_change=REWRITTEN),
     *(
         Situation(KIND, f"`{value!r}`", (Act(resume(value), warned("Resuming from", "checkpoint-4", like="unfinished")),),
                   template="unfinished", may_change=REWRITTEN)
@@ -202,7 +203,8 @@ SITUATIONS = [
     Situation(KIND, "a second run that rotates", (Act(lambda p: other_run(p, save_total_limit=1), warned("another run")),),
               may_change=("run/checkpoint-3*",)),
     Situation(KIND, "`auto` beside another run's later checkpoint", (Act(auto_of_another, refused("run")),), template="unfinished"),
-    Situation(KIND, "two runs in one folder at one time", (Act(twice, refused("another run writes to")),), template="unfinished"),
+    Situation(KIND, "two runs in one folder at one time", (Act(twice, refused("another run writes to")),),
+              template="unfinished", may_change=("run/_running",)),
     *(
         Situation(KIND, f"two processes, {name}", (Act(do, expected),), 2, "unfinished", REWRITTEN)
         for name, (do, expected) in {

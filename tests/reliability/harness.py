@@ -121,7 +121,7 @@ class Situation:
     processes: int = 1
     template: str | None = None
     may_change: tuple[str, ...] = ()
-    limit: float = 30.0
+    limit: float = 60.0
     slow: bool = False
 
     @property

@@ -214,8 +214,12 @@ def small(size: int):
         import resource
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        return trained(place, **SAVING)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            return trained(place, **SAVING)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return do
 
@@ -411,6 +415,9 @@ KIND_KILLS, KIND_DISKS, KIND_SIGNALS = "kills, then `auto`", "disks and folders"
 GOES_ON = Act(lambda place: resumed(place, **PACE), unharmed(like="undisturbed"))
 
 
+ALONE = Act(lambda place: resumed(place, mixing="independent", **PACE), unharmed(like="independent"))
+
+
 def kill(name, do, **more):
     return Situation(KIND_KILLS, name, (Act(do, KILLED), GOES_ON), may_change=ROTATED, **more)
 
@@ -429,7 +436,8 @@ SITUATIONS = [
     *(
         Situation(
             KIND_KILLS, f"two processes, one, {name}",
-            (Act(do, stopped(error="Exception"), {rank: KILLED}), GOES_ON), 2, may_change=ROTATED,
+            (Act(do, stopped(error="Exception"), {rank: KILLED}), ALONE if "without" in name else GOES_ON), 2,
+            may_change=ROTATED,
         )
         for name, do, rank in (
             ("in a step", killed_in("step_end", 3, ranks=(1,)), 1),
@@ -452,10 +460,10 @@ SITUATIONS = [
     *(
         Situation(
             KIND_DISKS, f"no file above {size} bytes",
-            (Act(small(size), stopped("File too large", error="RuntimeError", check=kept())),
+            (Act(small(size), stopped("File too large" if size < 15_000 else "could not be written", error="RuntimeError", check=kept())),
              Act(resumed, unharmed(like="undisturbed"))),
         )
-        for size in (100, 1_000, 5_000, 20_000)
+        for size in (5_000, 10_000, 15_000, 20_000)
     ),
     *(
         Situation(
@@ -485,7 +493,7 @@ SITUATIONS = [
         )
     ),
     Situation(KIND_SIGNALS, "SIGTERM after an error", (Act(after_an_exception, KILLED),), may_change=ROTATED),
-    Situation(KIND_SIGNALS, "training in a thread", (Act(from_a_thread, unharmed(like="undisturbed")),)),
+    Situation(KIND_SIGNALS, "training in a thread, which gets no signals", (Act(from_a_thread, refused("main thread")),)),
     *(
         Situation(
             KIND_SIGNALS, f"two processes, {name}",
@@ -499,4 +507,4 @@ SITUATIONS = [
 
 
 def _plainly(place):
-    return trained(place, **SAVING)
+    return trained(place, **SAVING, **PACE)

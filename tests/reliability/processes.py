@@ -351,7 +351,7 @@ def told_by(rank: int) -> tuple[Expected, dict[int, Expected]]:
 
 
 def fails(name: str, do, rank: int = 1) -> Situation:
-    return Situation(KIND_FAIL, name, (Act(do, *told_by(rank)),), 2, limit=45)
+    return Situation(KIND_FAIL, name, (Act(do, *told_by(rank)),), 2, limit=90)
 
 
 SITUATIONS = [
@@ -419,7 +419,7 @@ SITUATIONS = [
     *(
         Situation(
             KIND_LOST, f"stands still {name}",
-            (Act(do, stopped("process 1", "ddp_timeout", error="RuntimeError"), {1: stopped(error="RuntimeError")}),), 2, limit=45,
+            (Act(do, stopped("process 1", "ddp_timeout", error="RuntimeError"), {1: stopped(error="RuntimeError")}),), 2, limit=90,
         )
         for name, do in {
             "in a step": still("step_begin", 3),

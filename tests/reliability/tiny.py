@@ -153,6 +153,11 @@ def _undisturbed(place: Place) -> dict[str, Any]:
     return resumed(place, None)
 
 
+def _independent(place: Place) -> dict[str, Any]:
+    """The same without an exchange."""
+    return resumed(place, None, mixing="independent")
+
+
 def _unfinished(place: Place) -> dict[str, Any]:
     """As a run that was stopped after step 4 leaves it; returns what the whole run comes to."""
     import shutil
@@ -191,6 +196,7 @@ def _models(place: Place) -> None:
 TEMPLATES = {
     "modules": _modules,
     "undisturbed": _undisturbed,
+    "independent": _independent,
     "unfinished": _unfinished,
     "finished": _finished_run,
     "models": _models,

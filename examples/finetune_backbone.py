@@ -126,10 +126,10 @@ class BackboneArguments:
 class FinetuneConfig(TrainVitConfig):
     """[`WashConfig`] with defaults under which a small backbone learns a small task within minutes."""
 
-    output_dir: str | None = default("output_dir", "outputs/finetune")
+    output_dir: str = default("output_dir", "outputs/finetune")
     num_train_epochs: float = default("num_train_epochs", 15)
     per_device_train_batch_size: int = default("per_device_train_batch_size", 32)
-    learning_rate: float | None = default(
+    learning_rate: float | None = default(  # type: ignore[assignment] # `None` until it is known what is trained
         "learning_rate",
         None,
         help=f"The learning rate of the head. By default {LEARNING_RATE:g}, and {LORA_LEARNING_RATE:g} with --lora_rank.",
@@ -193,11 +193,11 @@ def blocks_to_head(names: Iterable[str], heads: list[str]) -> dict[str, int]:
         if number is None:
             blocks[name] = f"after {len(numbered)} blocks"
         else:
-            blocks[name] = number.group()
-            if blocks[name] not in numbered:
-                numbered.append(blocks[name])
+            blocks[name] = block = number.group()
+            if block not in numbered:
+                numbered.append(block)
     order = list(dict.fromkeys(block for block in blocks.values() if block is not None))
-    return {name: 0 if block is None else len(order) - order.index(block) for name, block in blocks.items()}
+    return {name: 0 if at is None else len(order) - order.index(at) for name, at in blocks.items()}
 
 
 def digits_of(classes: Iterable[int]) -> Dataset:
@@ -261,7 +261,7 @@ def add_adapter(model: PreTrainedModel, heads: list[str], rank: int, alpha: floa
 
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha if alpha is not None else 2 * rank,
+        lora_alpha=alpha if alpha is not None else 2 * rank,  # type: ignore[arg-type] # it is divided by the rank
         target_modules=named(nn.Linear) or named(nn.Conv2d),
         modules_to_save=heads,
     )
@@ -283,7 +283,8 @@ def make_member(recipe: Recipe, arguments: BackboneArguments) -> tuple[Callable[
     """
     backbone: Any = recipe.model_init()
     heads = head_names(backbone)
-    if arguments.lora_rank is None:
+    rank = arguments.lora_rank
+    if rank is None:
 
         def with_new_head() -> nn.Module:
             member: Any = copy_member(backbone)
@@ -305,7 +306,7 @@ def make_member(recipe: Recipe, arguments: BackboneArguments) -> tuple[Callable[
     backbone.requires_grad_(False)
 
     def with_adapter() -> nn.Module:
-        member: Any = add_adapter(copy_member(backbone), heads, arguments.lora_rank, arguments.lora_alpha)
+        member: Any = add_adapter(copy_member(backbone), heads, rank, arguments.lora_alpha)
         # PEFT trains a copy of the head, the one that is saved with the adapter.
         redraw(member.get_base_model().get_submodule(head).modules_to_save["default"] for head in heads)
         return member
@@ -356,8 +357,8 @@ class FinetuneTrainer(WashTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """The schedule that was asked for, and 0 for the backbone as long as only the head learns."""
-        if self.lr_scheduler is not None:  # type: ignore[has-type]
-            return self.lr_scheduler  # type: ignore[has-type]
+        if self.lr_scheduler is not None:  # type: ignore[has-type] # set by the Trainer
+            return self.lr_scheduler  # type: ignore[has-type] # set by the Trainer
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         head_steps = int(self.head_only * num_training_steps)
         if head_steps == 0:

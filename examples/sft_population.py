@@ -71,11 +71,11 @@ def default(name: str, value: Any, help: str | None = None) -> Any:
 class WashSFTConfig(PopulationArguments, SFTConfig):
     """The population's options and TRL's, with defaults under which a small model learns a small text in a minute."""
 
-    output_dir: str | None = default("output_dir", "outputs/sft")
+    output_dir: str = default("output_dir", "outputs/sft")
     num_train_epochs: float = default("num_train_epochs", 8)
     per_device_train_batch_size: int = default("per_device_train_batch_size", 16)
     per_device_eval_batch_size: int = default("per_device_eval_batch_size", 32)
-    learning_rate: float | None = default(
+    learning_rate: float | None = default(  # type: ignore[assignment] # `None` until the model is known
         "learning_rate",
         None,
         help=f"The initial learning rate. By default {SMALL_LEARNING_RATE:g} for the small model, "

@@ -151,7 +151,7 @@ class TrainVitConfig(WashConfig):
 
     _argument_group_name = "training, of each member (TrainingArguments)"
 
-    output_dir: str | None = default("output_dir", "outputs/vit")
+    output_dir: str = default("output_dir", "outputs/vit")
     num_train_epochs: float = default("num_train_epochs", 20)
     per_device_train_batch_size: int = default("per_device_train_batch_size", 64)
     per_device_eval_batch_size: int = default("per_device_eval_batch_size", 128)
@@ -415,7 +415,7 @@ def timm_recipe(architecture: str, label_names: list[str], image_size: int | Non
             f"--timm_architecture {architecture}: timm {timm.__version__} has no such model."
             + (f" Did you mean {' or '.join(close)}?" if close else "")
         )
-    published = timm.get_pretrained_cfg(architecture, allow_unregistered=True).to_dict()
+    published = timm.get_pretrained_cfg(architecture, allow_unregistered=True).to_dict()  # type: ignore[union-attr] # of a known model
     # What describes the architecture's input; the rest (where weights come from) is not true of a model from scratch.
     kept = ("interpolation", "mean", "std", "crop_pct", "crop_mode", "fixed_input_size", "first_conv", "classifier")
     pretrained_cfg = {name: published[name] for name in kept if published.get(name) is not None}

@@ -9,10 +9,15 @@ __version__ = "0.1.0"
 # Each public name and the module it comes from, imported when it is first asked for: a loop of one's own needs no
 # transformers, and `hf-wash --help` needs no torch.
 _MODULES = {
+    "DilocoMixer": "mixing",
     "Ensemble": "soup",
     "MemberOverrides": "population",
+    "PairAverageMixer": "mixing",
+    "PapaMixer": "mixing",
+    "PeriodicAverageMixer": "mixing",
     "PopulationArguments": "config",
     "PopulationMixin": "trainer.mixin",
+    "SpartaMixer": "mixing",
     "WashConfig": "config",
     "WashMixer": "mixing",
     "WashTrainer": "trainer.wash_trainer",
@@ -22,10 +27,15 @@ _MODULES = {
 }
 
 __all__ = [
+    "DilocoMixer",
     "Ensemble",
     "MemberOverrides",
+    "PairAverageMixer",
+    "PapaMixer",
+    "PeriodicAverageMixer",
     "PopulationArguments",
     "PopulationMixin",
+    "SpartaMixer",
     "WashConfig",
     "WashMixer",
     "WashTrainer",
@@ -36,7 +46,14 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .config import PopulationArguments, WashConfig
-    from .mixing import WashMixer
+    from .mixing import (
+        DilocoMixer,
+        PairAverageMixer,
+        PapaMixer,
+        PeriodicAverageMixer,
+        SpartaMixer,
+        WashMixer,
+    )
     from .population import MemberOverrides
     from .soup import Ensemble, greedy_soup, recalibrate_batch_norm, uniform_soup
     from .trainer.mixin import PopulationMixin

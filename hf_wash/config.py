@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -195,8 +195,8 @@ class PopulationArguments:
             # Started by `torchrun` without an accelerator, a process takes itself for the only one unless it is told
             # that the CPU is meant (accelerate 1.15).
             self.use_cpu = True
-        drop_last = self.dataloader_drop_last  # type: ignore[has-type]
-        super().__post_init__()  # type: ignore[misc]
+        drop_last = self.dataloader_drop_last  # type: ignore[has-type] # of the arguments behind this class
+        super().__post_init__()  # type: ignore[misc] # theirs, too
         # On several processes sentence-transformers (6.2) drops the last batch, lest their numbers of batches differ. A
         # member's batches are those of a run of its own, however many processes there are.
         self.dataloader_drop_last = drop_last
@@ -261,7 +261,7 @@ class PopulationArguments:
         Number of GPUs this process uses: 0 or 1. With several visible GPUs and one process, [`~transformers.Trainer`]
         would switch to `nn.DataParallel`, which would average the members' gradients.
         """
-        visible = super().n_gpu  # type: ignore[misc]
+        visible = super().n_gpu  # type: ignore[misc] # of the arguments behind this class
         if visible > 1:
             self._n_gpu = 1
             warnings.warn(
@@ -327,6 +327,10 @@ class WashConfig(PopulationArguments, TrainingArguments):
     >>> args = WashConfig("my-soup", population_size=4, num_train_epochs=20)
     ```
     """
+
+    if TYPE_CHECKING:
+        # The Trainer's arguments have one after their `__post_init__`, whatever was given.
+        output_dir: str = "trainer_output"
 
 
 def _plain(value: Any) -> Any:

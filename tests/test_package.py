@@ -10,7 +10,7 @@ def test_public_names():
     for name in hf_wash.__all__:
         assert getattr(hf_wash, name).__name__ == name
     assert set(hf_wash.__all__) <= set(dir(hf_wash))
-    assert not hasattr(hf_wash, "PapaMixer")
+    assert not hasattr(hf_wash, "NoSuchMixer")
 
 
 def test_a_loop_of_ones_own_needs_no_transformers():

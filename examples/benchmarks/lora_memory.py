@@ -89,8 +89,9 @@ def tensor_bytes(trainer: WashTrainer) -> int:
 class AfterBackward(TrainerCallback):
     """Counts the tensors when all of them are there: before an optimizer step that is not the first."""
 
+    trainer: WashTrainer  # which takes its callbacks when it is made
+
     def __init__(self):
-        self.trainer: WashTrainer | None = None
         self.bytes = 0
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):

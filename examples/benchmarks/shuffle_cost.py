@@ -17,16 +17,20 @@ meets all alike. The median over rounds is reported, as seen by the slowest proc
 - all-reduce: the whole model at once, what DDP pays each step and PAPA each tenth
 
 And in percent of the bytes of what is shuffled, memory: the most that one `mix()` and the plan ahead take beside it.
+
+A second table has the mixers that average: one exchange of each, and a bare collective of as many bytes.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import timm
@@ -34,7 +38,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hf_wash.mixing import WashMixer, layer_probabilities, shuffled_layers
+from hf_wash.mixing import (
+    DilocoMixer,
+    PairAverageMixer,
+    PapaMixer,
+    PeriodicAverageMixer,
+    SpartaMixer,
+    WashMixer,
+    layer_probabilities,
+    shuffled_layers,
+)
 from hf_wash.mixing.plan import Planner
 
 
@@ -72,7 +85,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 class Floor:
     """The bare transfer of as many values: nothing is checked, ordered or counted."""
 
-    def __init__(self, tensors: list[torch.Tensor], counts: list[int], device: torch.device):
+    def __init__(self, tensors: Sequence[torch.Tensor], counts: list[int], device: torch.device):
         generator = np.random.default_rng(0)
         places = [np.sort(generator.choice(t.numel(), k, replace=False)) for t, k in zip(tensors, counts, strict=True)]
         used = [(t.detach().view(-1), p) for t, p in zip(tensors, places, strict=True) if len(p)]
@@ -80,6 +93,7 @@ class Floor:
         self.send, self.receive = (torch.zeros(self.size, device=device) for _ in range(2))
         # Its own values come back, so that the model stays what it is.
         bounds = np.cumsum([0, *(len(p) for _, p in used)])
+        self.pieces: list[tuple[Any, ...]]  # NumPy's arrays or torch's
         if device.type == "cpu":
             send, receive = self.send.numpy(), self.receive.numpy()
             self.pieces = [
@@ -236,6 +250,56 @@ def measure(name: str, probability: float, with_state: bool, rounds: int, device
     }
 
 
+def measure_averaging(name: str, rounds: int, device: torch.device, local: int) -> list[dict]:
+    """One exchange of each mixer that averages, beside a bare collective of as many bytes."""
+    torch.manual_seed(0)
+    members = [build(name).to(device) for _ in range(local)]
+    optimizer = torch.optim.SGD([p for member in members for p in member.parameters()], lr=0.1)
+    mixers = {
+        "local SGD": PeriodicAverageMixer(members, interval=1),
+        "PAPA": PapaMixer(members, optimizer, interval=1),
+        "PAPA-2": PairAverageMixer(members, interval=1),
+        "SPARTA": SpartaMixer(members, probability=0.005),
+        "DiLoCo": DilocoMixer(members, interval=1),
+    }
+    tensors = [p.detach() for member in members for p in member.parameters()]
+    bare: dict[int, torch.Tensor] = {}
+
+    def collective(what: str, sent: int) -> None:
+        if sent not in bare:
+            bare[sent] = torch.zeros(max(1, sent // 4), device=device)
+        values = bare[sent]
+        if what == "PAPA-2":
+            others = [len(values) * (process != dist.get_rank()) for process in range(dist.get_world_size())]
+            dist.all_to_all_single(torch.empty_like(values), values, others, others)
+        else:
+            dist.all_reduce(values)
+
+    rows = []
+    for what, mixer in mixers.items():
+        stats = mixer.mix(1)
+        # A ring of W sends 2·(W − 1)/W of what is reduced.
+        world = dist.get_world_size()
+        size = stats.bytes_sent if what == "PAPA-2" else stats.bytes_sent * world // (2 * (world - 1))
+        times: dict[str, list[float]] = {"mix": [], "collective": []}
+        for step in range(2, rounds + 3):
+            calls: dict[str, Callable[[], object]] = {
+                "mix": functools.partial(mixer.mix, step),
+                "collective": functools.partial(collective, what, size),
+            }
+            for kind in calls if step % 2 else reversed(calls):
+                torch._foreach_mul_(tensors, 1.0)
+                times[kind].append(seconds(calls[kind], device))
+        ratios = [a / b for a, b in zip(times["mix"][1:], times["collective"][1:], strict=True)]
+        own = [statistics.median(times["mix"]), statistics.median(times["collective"]), statistics.median(ratios)]
+        gathered: list = [None] * world
+        dist.all_gather_object(gathered, own)
+        mix, wire, ratio = (max(column) for column in zip(*gathered, strict=True))
+        rows.append({"model": name, "mixer": what, "bytes_sent": stats.bytes_sent, "mix_ms": 1000 * mix,
+                     "collective_ms": 1000 * wire, "ratio": ratio})  # fmt: skip
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -243,11 +307,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--members_per_process", type=int, help="default: 1 with several processes, else 2")
+    parser.add_argument("--averaging_only", action="store_true", help="only the table of the mixers that average")
     parser.add_argument("--json", help="where to write all numbers")
     args = parser.parse_args()
 
     distributed = "RANK" in os.environ
-    device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if distributed:
@@ -258,12 +323,12 @@ def main():
     if device.type == "cuda":
         machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     first = not distributed or dist.get_rank() == 0
-    if first:
+    if first and not args.averaging_only:
         print(f"{machine}; {os.environ.get('WORLD_SIZE', 1)} processes, {local} members each; medians in ms\n")
         columns = [*COLUMNS, "plan N = 10", "mix drawn / floor"]
         print("| model | p | state | " + " | ".join([*columns, "memory, %"]) + " |")
         print("|---|---|---|" + "---|" * (len(columns) + 1))
-    for name in args.models:
+    for name in args.models if not args.averaging_only else ():
         for probability in args.probabilities:
             for with_state in (False, True):
                 result = measure(name, probability, with_state, args.rounds, device, local)
@@ -272,9 +337,24 @@ def main():
                     row = [*(result["median_ms"].get(column) for column in columns), result["memory_percent"]]
                     cells = " | ".join("" if value is None else f"{value:.3g}" for value in row)
                     print(f"| {name} | {probability} | {'Adam' if with_state else 'no'} | {cells} |", flush=True)
+    averaging = []
+    if distributed and local == 1:
+        if first:
+            print(
+                "\n| model | mixer | MB sent | exchange | collective | exchange / collective |\n|---|---|---|---|---|---|"
+            )
+        for name in args.models:
+            for found in measure_averaging(name, args.rounds, device, local):
+                averaging.append(found)
+                if first:
+                    print(
+                        f"| {name} | {found['mixer']} | {found['bytes_sent'] / 1e6:.3g} | {found['mix_ms']:.3g} | "
+                        f"{found['collective_ms']:.3g} | {found['ratio']:.2f} |",
+                        flush=True,
+                    )
     if first and args.json:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine, "results": results}, file, indent=2)
+            json.dump({"machine": machine, "results": results, "averaging": averaging}, file, indent=2)
     if distributed:
         dist.destroy_process_group()
 

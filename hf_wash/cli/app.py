@@ -1,20 +1,28 @@
 """
 The commands put together, and what their words and messages are.
 
-A user's mistake is one line on stderr and exit code 2.
+A user's mistake is one line on stderr and exit code 2; a mistake of ours is one line and exit code 1.
 """
 
 import logging
 import sys
+import traceback
+import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..sentences import first_line
 from .card import card
 from .inspect import inspect
 from .push import push
 from .soup import soup
+from .terminal import Remarks, note
 
+
+# Letters of a message; a name can have more.
+_LONGEST = 2000
 
 app = typer.Typer(
     name="hf-wash",
@@ -31,21 +39,34 @@ for _command in (soup, push, card, inspect):
 def main(arguments: list[str] | None = None) -> None:
     """The entry point of `hf-wash`."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    logging.basicConfig(format="hf-wash: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, handlers=[Remarks()])
     try:
-        code = app(arguments or ["--help"], standalone_mode=False)
+        with warnings.catch_warnings():
+            # What libraries have to say of a folder is for who wrote it.
+            warnings.simplefilter("ignore", UserWarning)
+            code = app(arguments or ["--help"], standalone_mode=False)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own, about the words of the command
             reason = error.format_message()
-        elif isinstance(error, (ValueError, OSError, RuntimeError)):
+        elif isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
             reason = str(error) or type(error).__name__
         else:
-            raise
-        print(f"hf-wash: error: {' '.join(reason.split())}", file=sys.stderr)
+            note(f"error: {first_line(error)} ({_place_of(error)}). That is a defect of hf-wash: please report it.")
+            sys.exit(1)
+        note(f"error: {reason if len(reason) <= _LONGEST else reason[: _LONGEST - 1] + '…'}")
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _place_of(error: Exception) -> str:
+    """Where in this package something was not thought of."""
+    package = Path(__file__).parents[1]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if Path(frame.filename).is_relative_to(package):
+            return f"{Path(frame.filename).relative_to(package).as_posix()}, line {frame.lineno}"
+    return "nowhere in it"
 
 
 def _version(wanted: bool) -> None:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .terminal import say
+
 
 def card(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run.")],
@@ -15,7 +17,15 @@ def card(
     What somebody else wrote in the card is kept: only the part between the marks is replaced, and metadata that is
     missing is added.
     """
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
+
+    from huggingface_hub.utils import validate_repo_id
+
     from ..hub.card import write_card
 
+    if repo is not None:
+        validate_repo_id(repo)
+
     write_card(folder, repo_id=repo)
-    print(f"Wrote {folder / 'README.md'}.")
+    say(f"Wrote {folder / 'README.md'}.")

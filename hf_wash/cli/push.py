@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .terminal import no_bars_in_files
+from .terminal import no_bars_in_files, say
 
 
 def push(
@@ -22,12 +22,15 @@ def push(
 
     Log in before with `hf auth login`, or set HF_TOKEN.
     """
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
+    if not repo.strip():
+        raise ValueError("The repository needs a name: the one given is empty.")
+
     from ..hub.card import write_card
     from ..hub.push import push_folder
     from ..hub.record import RUN_RECORD
 
-    if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}.")
     no_bars_in_files()
 
     def write(repo_id: str) -> None:
@@ -44,4 +47,4 @@ def push(
         commit_message=message,
         prepare=write,
     )
-    print(f"Pushed {folder} to {commit.repo_url}{f' ({revision})' if revision else ''}: {commit.oid}")
+    say(f"Pushed {folder} to {commit.repo_url}{f' ({revision})' if revision else ''}: {commit.oid}")

@@ -8,8 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..files import is_file, scratch_beside
+from ..sentences import first_line
+from .alike import check_alike
 from .images import ImageFolder
-from .terminal import note, quiet, shortened
+from .terminal import note, quiet, say
 
 
 # What of a model's folder describes the model, not how it was trained, beside the files of its tokenizer.
@@ -54,51 +57,54 @@ def soup(
     for option, folder in (("--eval-data", eval_data), ("--train-data", train_data)):
         if folder is not None and not folder.is_dir():
             raise ValueError(f"{option} must be a folder of images, and there is no folder {folder}.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # What a link leads to, or a rename would not do.
+    target = Path(os.path.realpath(out))
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--out {out} is there already and not empty; name another folder, or remove it first.")
 
     quiet()
     import torch  # noqa: F401 (before the messages below, since it is what takes time)
 
+    from ..hub.loading import check_files
     from ..soup import greedy_soup, uniform_soup
     from ..soup.weights import find_weight_files
 
     folders = [_find(model) for model in models]
     for folder in folders:
         find_weight_files(folder)
-    _check_descriptions(models, folders)
-    _check_tokenizers(models, folders)
+        check_files(folder)
+    check_alike(models, folders)
     if eval_data is not None:
         _check_classifies_images(models[0], folders[0])
     if len(models) == 1:
         note(f"A soup of one: its weights are those of {models[0]}.")
 
-    staged = out.with_name(f"_incomplete-{out.name}")
-    trial = out.with_name(f"_trial-{out.name}")
     record: dict[str, Any] = {"method": "greedy" if greedy else "uniform", "ingredients": _names(models)}
     metrics = {}
-    try:
-        score = None
+    # A fresh folder: another command may be writing to the same place, and what has its name may be the user's.
+    with scratch_beside(target) as scratch:
+        staged = scratch / "soup"
+        score: Callable[[dict], float] | None = None
         if eval_data is not None:
             images = ImageFolder(eval_data, folders[0], batch_size)
             training = (
                 ImageFolder(train_data, folders[0], batch_size, shuffled=True) if train_data is not None else None
             )
-            score = _score_of(trial, folders[0], images, training)
-        if greedy:
+            score = _score_of(scratch / "trial", folders[0], images, training)
+        if greedy and score is not None:
             weights, chosen = greedy_soup(folders, score)
             record |= {"chosen": sorted(chosen.indices), "scores": list(chosen.member_scores)}
             listing = ", ".join(
                 f"{name} {value:.2%}" for name, value in zip(models, chosen.member_scores, strict=True)
             )
-            print(f"Held-out accuracy: {listing}.")
-            print(f"In the soup: {', '.join(models[i] for i in sorted(chosen.indices))}, with {chosen.score:.2%}.")
+            say(f"Held-out accuracy: {listing}.")
+            say(f"In the soup: {', '.join(models[i] for i in sorted(chosen.indices))}, with {chosen.score:.2%}.")
         else:
             weights = uniform_soup(folders)
         has_batch_norm = any(name.endswith(_BATCH_NORM_STATISTICS) for name in weights)
         _write(staged, folders[0], weights)
         del weights
-        if recalibrate_bn and has_batch_norm:
+        if train_data is not None and has_batch_norm:
             _recalibrate(staged, ImageFolder(train_data, folders[0], batch_size, shuffled=True))
             record["batch_norm"] = "recalibrate"
         elif recalibrate_bn:
@@ -109,20 +115,22 @@ def soup(
                 "The soup's BatchNorm statistics are the models' averages, which is often wrong: --recalibrate-bn "
                 "--train-data FOLDER measures them."
             )
-        _check_loads(staged)
+        _check_loads(staged, models[0])
         if eval_data is not None and not greedy:
             metrics["eval_accuracy"] = _accuracy(staged, images)
             metrics["eval_samples"] = len(images)
-            print(f"Accuracy of the soup on {eval_data}: {metrics['eval_accuracy']:.2%}.")
-        _describe(staged, record, metrics, out.name)
-        if out.is_dir():
-            out.rmdir()
-        os.rename(staged, out)
-    finally:
-        for leftover in (staged, trial):
-            shutil.rmtree(leftover, ignore_errors=True)
+            say(f"Accuracy of the soup on {eval_data}: {metrics['eval_accuracy']:.2%}.")
+        _describe(staged, record, metrics, target.name)
+        try:
+            if target.is_dir():
+                target.rmdir()
+            os.rename(staged, target)
+        except OSError as error:
+            raise ValueError(
+                f"--out {out} cannot be made ({error.strerror}): somebody else may have written there meanwhile."
+            ) from error
     count = len(record.get("chosen", models))
-    print(f"The soup of {count} model{'s' if count > 1 else ''} is in {out}.")
+    say(f"The soup of {count} model{'s' if count > 1 else ''} is in {out}.")
 
 
 def _find(model: str) -> Path:
@@ -146,71 +154,17 @@ def _names(models: list[str]) -> list[str]:
     return [Path(model).resolve().name if Path(model).is_dir() else model for model in models]
 
 
-def _check_descriptions(models: list[str], folders: list[Path]) -> None:
-    """Weights of the same shapes can mean different things: compare what the models say of themselves."""
-    from ..hub.loading import ADAPTER_CONFIG
-    from ..hub.record import read_json
-
-    def of(folder: Path) -> dict[str, Any]:
-        adapter, complete = folder / ADAPTER_CONFIG, folder / "config.json"
-        if adapter.is_file():
-            content = read_json(adapter)
-            names = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "fan_in_fan_out")
-            return {"kind": "adapter", **{name: content.get(name) for name in names}}
-        if not complete.is_file():
-            raise ValueError(f"{folder} holds no config.json, so there is no telling what kind of model it is.")
-        content = read_json(complete)
-        labels = content.get("id2label") or content.get("label_names")
-        if isinstance(labels, dict):
-            labels = [labels[key] for key in sorted(labels, key=int)]
-        kind = content.get("architecture") or content.get("architectures")
-        return {"kind": kind, "model_type": content.get("model_type", "timm"), "classes": labels}
-
-    first = of(folders[0])
-    for model, folder in zip(models[1:], folders[1:], strict=True):
-        other = of(folder)
-        for name, value in first.items():
-            if other.get(name) != value:
-                found, expected = shortened(other.get(name)), shortened(value)
-                raise ValueError(
-                    f"{model} cannot be averaged with {models[0]}: its {name.replace('_', ' ')} is {found}, not {expected}."
-                )
-
-
-def _check_tokenizers(models: list[str], folders: list[Path]) -> None:
-    """Equal rows of two embeddings have to stand for equal words."""
-    from ..hub.loading import TOKENIZER_FILES
-    from ..hub.record import read_json
-
-    def words(file: Path) -> Any:
-        if file.name != "tokenizer.json":
-            return file.read_bytes()
-        # Not all of it: how a tokenizer last padded is in it, too.
-        model = read_json(file).get("model") or {}
-        return model.get("vocab"), model.get("merges")
-
-    for name in ("tokenizer.json", "vocab.json", *(name for name in TOKENIZER_FILES if not name.endswith(".jinja"))):
-        if not (folders[0] / name).is_file():
-            continue
-        first = words(folders[0] / name)
-        for model, folder in zip(models[1:], folders[1:], strict=True):
-            if (folder / name).is_file() and words(folder / name) != first:
-                raise ValueError(
-                    f"{model} cannot be averaged with {models[0]}: its {name} numbers other words than that one's."
-                )
-
-
 def _check_classifies_images(model: str, folder: Path) -> None:
     import transformers
 
     from ..hub.kinds import image_classifier_names
     from ..hub.loading import BACKBONE_CONFIG
-    from ..hub.record import read_json
+    from ..hub.record import read_config
 
     file = next((folder / name for name in ("config.json", BACKBONE_CONFIG) if (folder / name).is_file()), None)
     # timm's models are all of this kind; an adapter that does not know its backbone, or a class that transformers does
     # not, is judged by what loads it.
-    content = {} if file is None else read_json(file)
+    content = {} if file is None else read_config(file)
     names = [name for name in content.get("architectures") or [] if hasattr(transformers, name)]
     if names and "pretrained_cfg" not in content and not image_classifier_names().intersection(names):
         raise ValueError(
@@ -228,7 +182,7 @@ def _write(folder: Path, like: Path, weights: dict[str, Any]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for pattern in (*_DESCRIPTIONS, *TOKENIZER_FILES):
-        for file in like.glob(pattern):
+        for file in filter(is_file, like.glob(pattern)):
             target = folder / file.relative_to(like)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
@@ -237,23 +191,29 @@ def _write(folder: Path, like: Path, weights: dict[str, Any]) -> None:
     save_file(weights, folder / name, metadata={"format": "pt"})
 
 
-def _check_loads(folder: Path) -> None:
+def _check_loads(folder: Path, model: str) -> None:
     """Load what was written the way a user will."""
-    import transformers
+    from ..hub.loading import ADAPTER_CONFIG, load_model, transformers_class
+    from ..hub.record import read_config
 
-    from ..hub.loading import ADAPTER_CONFIG, load_model
-    from ..hub.record import read_json
-
-    if (folder / ADAPTER_CONFIG).is_file():
-        load_model(folder)
-        return
-    config = read_json(folder / "config.json")
-    names = ["TimmWrapperForImageClassification"] if "pretrained_cfg" in config else config.get("architectures") or []
-    loader = getattr(transformers, names[0], None) if names else None
-    if loader is None:
-        load_model(folder)
-        return
-    _, info = loader.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+    config = read_config(folder / "config.json")
+    names = ["TimmWrapperForImageClassification"] if "pretrained_cfg" in config else config.get("architectures", [])
+    loader = transformers_class(names)
+    try:
+        if (folder / ADAPTER_CONFIG).is_file() or loader is None:
+            load_model(folder)
+            return
+        _, info = loader.from_pretrained(
+            folder,
+            output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that they are told
+            trust_remote_code=False,
+        )
+    except Exception as error:  # of any kind, where a configuration makes no sense
+        raise ValueError(
+            f"The soup, with the configuration of {model}, does not load: {first_line(error)} So does that model."
+        ) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             raise ValueError(
@@ -286,7 +246,13 @@ def _accuracy(model_or_folder: Any, images: ImageFolder) -> float:
     labels, correct = torch.tensor(images.labels_for(model)), 0
     with torch.no_grad():
         for batch in images:
-            answers = model(pixel_values=batch["pixel_values"]).logits.argmax(-1)
+            try:
+                answers = model(pixel_values=batch["pixel_values"]).logits.argmax(-1)
+            except Exception as error:  # of any kind: images of another size, a configuration that makes no sense
+                raise ValueError(
+                    f"The model does not take the images of {images.folder}, prepared as {images.model_folder} says: "
+                    f"{first_line(error)}"
+                ) from error
             correct += int((answers == labels[torch.tensor(batch["classes"])]).sum())
     return correct / len(images)
 

@@ -1,18 +1,29 @@
-"""What commands share of the terminal: remarks on stderr, long values cut, and libraries that keep quiet."""
+"""What commands share of the terminal: what they print, and libraries that keep quiet."""
 
+import logging
 import sys
-from typing import Any
+from typing import TextIO
+
+from ..sentences import printable
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints a result, or to `file`; also where the terminal has no such letters."""
+    file = sys.stdout if file is None else file
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
 def note(text: str) -> None:
     """Says something beside the result."""
-    print(f"hf-wash: {text}", file=sys.stderr)
+    say(f"hf-wash: {' '.join(text.split())}", sys.stderr)
 
 
-def shortened(value: Any) -> str:
-    """A value as it can stand in a sentence."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+class Remarks(logging.Handler):
+    """Says warnings as [`note`] does."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
 
 
 def no_bars_in_files() -> None:

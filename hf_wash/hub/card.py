@@ -6,7 +6,6 @@ already there keeps its own text and metadata, see `card_merge.py`. Needs neithe
 """
 
 import logging
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
+from ..files import is_file, write_whole
+from ..sentences import all_printable, printable
 from . import wording
 from .card_merge import CARD, has_title, merge_card, own_text
 from .record import (
@@ -28,7 +29,10 @@ from .record import (
     hub_ids,
     is_number,
     last_evaluation,
+    read_adapter_config,
+    read_config,
     read_json,
+    read_log,
     read_record,
 )
 from .tasks import Task, task_of
@@ -144,42 +148,37 @@ class WashCard:
         folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"There is no folder {folder}.")
-        adapter = read_json(folder / "adapter_config.json")
-        config = read_json(folder / "config.json") or read_json(folder / "backbone_config.json") or config or {}
+        adapter = read_adapter_config(folder)
+        config = read_config(folder / "config.json") or read_config(folder / "backbone_config.json") or config or {}
         if not config and not adapter:
             raise ValueError(f"{folder} holds no model: expected config.json or adapter_config.json in it.")
         library = "timm" if "pretrained_cfg" in config else "transformers"
         if adapter:
             library = "peft"
-        elif (folder / "modules.json").is_file():
+        elif is_file(folder / "modules.json"):
             library = "sentence-transformers"
         record = read_record(folder) if record is None else record
         if log_history is None:
-            log_history = read_json(folder / "trainer_state.json").get("log_history", [])
+            log_history = read_log(folder)
         if metrics is None:
             metrics = read_json(folder / "all_results.json") or read_json(folder / "eval_results.json")
             if not any(key.startswith("eval_") for key in metrics):
                 metrics = last_evaluation(log_history)
         if members is None:
             members = any((folder / place / "member_0").is_dir() for place in (LOCAL_MEMBERS, PUSHED_MEMBERS))
-        drawn = {}
-        if pictures:
-            from .pictures import draw_pictures
-
-            drawn = draw_pictures(folder, log_history, metrics)
         options = record.get("card", {})
-        return cls(
-            model_name=options.get("model_name") or (repo_id.split("/")[-1] if repo_id else folder.resolve().name),
+        name = options.get("model_name") or (repo_id.split("/")[-1] if repo_id else folder.resolve().name)
+        card = cls(
+            model_name=" ".join(name.split()),
             library=library,
             repo_id=repo_id,
             revision=None if revision == "main" else revision,
             config=config,
             record=record,
             metrics={key: value for key, value in metrics.items() if is_number(value)},
-            pictures=drawn,
             has_members=members,
-            has_processor=library == "timm" or (folder / "preprocessor_config.json").is_file(),
-            has_tokenizer=(folder / "tokenizer_config.json").is_file(),
+            has_processor=library == "timm" or is_file(folder / "preprocessor_config.json"),
+            has_tokenizer=is_file(folder / "tokenizer_config.json"),
             values=count_values(folder),
             adapter_base=adapter.get("base_model_name_or_path"),
             license=options.get("license"),
@@ -190,23 +189,29 @@ class WashCard:
             dataset_names=as_list(options.get("dataset")),
             pipeline_tag=next(iter(as_list(options.get("tasks"))), None),
         )
+        if pictures:
+            from .pictures import draw_pictures
+
+            # Last: what is wrong with the folder has been said by now.
+            card.pictures = draw_pictures(folder, log_history, metrics)
+        return card
 
     # ---- Metadata ----------------------------------------------------------------------------------------------------
 
     def metadata(self) -> dict[str, Any]:
         """The card's front matter, as the Hub reads it."""
-        return self._card_data().to_dict()
+        return all_printable(self._card_data().to_dict())
 
     def _card_data(self) -> ModelCardData:
         base, relation = hub_ids(self.base_model), "adapter" if self.library == "peft" else "finetune"
-        ingredients = [name for name in self.soup.get("ingredients", []) if REPO_ID.fullmatch(name)]
+        ingredients = [name for name in self.soup.get("ingredients") or [] if REPO_ID.fullmatch(name)]
         if ingredients:
             base, relation = ingredients, "merge"
         elif not base and self.library == "peft":
             base = hub_ids(self.adapter_base)
         tags = [*self.tags, *(["wash"] if self.method == "wash" else []), "model-soup"]
         results = self._eval_results()
-        known = {
+        known: dict[str, Any] = {
             "language": self.language,
             "license": self.license,
             "library_name": self.library,
@@ -279,6 +284,15 @@ class WashCard:
         return ", ".join(wording.cell(name) for name in self.dataset_names or self._dataset_ids)
 
     @property
+    def image_sides(self) -> tuple[int, int]:
+        """Height and width of images that the model takes; 64 where it does not say."""
+        size = self.config.get("image_size")
+        sides = list(size.values()) if isinstance(size, Mapping) else as_list(size)
+        if not sides or not all(isinstance(side, int) for side in sides):
+            sides = [64]
+        return sides[0], sides[-1]
+
+    @property
     def needs_local_backbone(self) -> bool:
         base = self.adapter_base if self.library == "peft" else None
         return bool(base and not hub_ids(base) and not Path(base).is_absolute())
@@ -335,7 +349,8 @@ class WashCard:
         population, mixing, training = (self.record.get(part, {}) for part in ("population", "mixing", "training"))
         if not population:
             return []
-        size, seed, overrides = population.get("size", 1), training.get("seed"), population.get("overrides", [])
+        size, seed = population.get("size") or 1, training.get("seed")
+        overrides = population.get("overrides") or []
         many, wash, shard = size > 1, self.method == "wash", population.get("member_data") == "shard"
         start = "the same weights" if population.get("same_init", True) else "different weights"
         method = mixing.get("method")
@@ -410,7 +425,7 @@ class WashCard:
             version=__version__,
             record_file=RUN_RECORD,
         )
-        return re.sub(r"\n{3,}", "\n\n", card.text).strip() + "\n"
+        return re.sub(r"\n{3,}", "\n\n", printable(card.text)).strip() + "\n"
 
     def write(self, folder: str | Path) -> list[str]:
         """
@@ -421,7 +436,7 @@ class WashCard:
         """
         path = Path(folder) / CARD
         existing = None
-        if path.is_file():
+        if is_file(path):
             try:
                 existing = path.read_bytes().decode("utf-8")
             except UnicodeDecodeError as error:
@@ -429,9 +444,7 @@ class WashCard:
         own_title = existing is not None and has_title(own_text(existing))
         text, problems = merge_card(existing, self.metadata(), self.render(2 if own_title else 1))
         if text != existing:
-            staged = path.with_name(f"_{CARD}.{os.getpid()}")
-            staged.write_bytes(text.encode("utf-8"))
-            os.replace(staged, path)
+            write_whole(path, text.encode("utf-8"))
         return [f"{path}: {problem}" for problem in problems]
 
 
@@ -445,6 +458,7 @@ def write_card(folder: str | Path, **options: Any) -> WashCard:
         **options:
             As for [`WashCard.from_folder`].
     """
+    is_file(Path(folder) / CARD)
     card = WashCard.from_folder(folder, **options)
     for problem in card.write(folder):
         logger.warning(problem)

@@ -22,7 +22,6 @@ _FRONT_MATTER = re.compile(r"\A(\ufeff?\s*---[ \t]*\r?\n)(.*?)(^---[ \t]*(?:\r?\
 _OPENED = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n")
 _BEGIN = re.compile(r"<!-- hf-wash:begin (\{.*?\}) [^>]*-->")
 _END = "<!-- hf-wash:end -->"
-_BLOCK = re.compile(_BEGIN.pattern + r".*?" + re.escape(_END), re.DOTALL)
 
 
 def merge_card(existing: str | None, metadata: Mapping[str, Any], body: str) -> tuple[str, list[str]]:
@@ -46,12 +45,12 @@ def merge_card(existing: str | None, metadata: Mapping[str, Any], body: str) -> 
     """
     text = existing if existing and existing.strip() else ""
     newline = "\r\n" if "\r\n" in text else "\n"
-    begin = _BEGIN.search(text)
-    if begin is not None and _BLOCK.search(text) is None:
+    begin, end = _generated(text)
+    if begin is not None and end < 0:
         return text, [f"it is left as it is, since the mark `{_END}` that ended its generated part is gone."]
     try:
         ours = json.loads(begin.group(1)) if begin else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         ours = {}
 
     problem = _front_matter_problem(text)
@@ -64,12 +63,19 @@ def merge_card(existing: str | None, metadata: Mapping[str, Any], body: str) -> 
     problems = [] if problem is None else [f"{problem} The front matter is kept as it is, and no metadata was added."]
     mark = f"<!-- hf-wash:begin {json.dumps(ours)} What stands between these marks is written anew with the card. -->"
     block = f"{mark}\n{body}{_END}".replace("\n", newline)
+    begin, end = _generated(text)
     if begin is not None:
-        # A function, since a backslash in a replacement string has a meaning.
-        return _BLOCK.sub(lambda _: block, text, count=1), problems
+        return text[: begin.start()] + block + text[end:], problems
     if existing and existing.strip():
         text += newline if text.endswith(("\n", "\r")) else 2 * newline
     return f"{text}{block}{newline}", problems
+
+
+def _generated(text: str) -> tuple[re.Match | None, int]:
+    """The mark at which a text's generated part begins, and where that part ends; -1 if the other mark is gone."""
+    begin = _BEGIN.search(text)
+    end = -1 if begin is None else text.find(_END, begin.end())
+    return begin, end if end < 0 else end + len(_END)
 
 
 def front_matter_problem(path: str | Path) -> str | None:
@@ -86,7 +92,7 @@ def _front_matter_problem(text: str) -> str | None:
         return "its front matter begins with `---` and never ends." if _OPENED.match(text) else None
     try:
         content = yaml.safe_load(match.group(2))
-    except yaml.YAMLError as error:
+    except Exception as error:  # an impossible date, a list in a list in a list: not all are YAML's own
         mark = getattr(error, "problem_mark", None)
         # The line in the file: the first one is `---`.
         line = f" in line {mark.line + 1 + match.group(1).count(chr(10))}" if mark is not None else ""
@@ -133,7 +139,12 @@ def _digest(value: Any) -> str:
 
 def own_text(text: str) -> str:
     """A card's text without its front matter and without the part that is generated."""
-    return _BLOCK.sub("", _FRONT_MATTER.sub("", text))
+    own, rest = "", _FRONT_MATTER.sub("", text)
+    while True:
+        begin, end = _generated(rest)
+        if begin is None or end < 0:
+            return own + rest
+        own, rest = own + rest[: begin.start()], rest[end:]
 
 
 def has_title(text: str) -> bool:

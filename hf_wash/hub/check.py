@@ -99,6 +99,7 @@ class _Check:
         self.differences: dict[str, float] = {}
 
     def first_outputs(self, example: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+        cause: Exception | None
         # A language model that classifies takes one text at a time if it has no word for padding.
         for rows in (2, 1):
             try:

@@ -148,7 +148,7 @@ def _hardware(device: torch.device, processes: int) -> dict[str, Any]:
     return {"device": where, "processes": processes, "text": text}
 
 
-def _origin(model: nn.Module, datasets: Sequence[Any], card: Mapping[str, Any], ask_hub: bool) -> dict[str, Any]:
+def _origin(model: Any, datasets: Sequence[Any], card: Mapping[str, Any], ask_hub: bool) -> dict[str, Any]:
     """Where the model and the data come from: as far as they tell themselves, and without paths of this machine."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     base = card.get("finetuned_from") or getattr(getattr(model, "config", None), "_name_or_path", None) or None

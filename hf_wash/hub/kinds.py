@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from torch import nn
-
 
 def kind_of(model: Any) -> str:
     """
@@ -31,7 +29,7 @@ def kind_of(model: Any) -> str:
     )
 
 
-def is_image_classifier(model: nn.Module) -> bool:
+def is_image_classifier(model: Any) -> bool:
     """
     Whether a model classifies images, so that every loader of the ecosystem can be expected to take its export.
 

@@ -4,13 +4,16 @@ Writing them is `export.py`'s work.
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..files import is_file
+from ..sentences import first_line
 from ..soup.weights import find_weight_files
-from .record import read_json
+from .record import read_adapter_config, read_config
 
 
 # Kept by an export of an adapter beside it: the backbone as the adapter was trained on it, with its head and classes.
@@ -65,11 +68,12 @@ def load_model(
         ValueError: if there is no such folder or repository, its weights are a pickle, or it is no model.
     """
     folder = find_folder(folder_or_repo, revision=revision, token=token)
-    if (folder / ADAPTER_CONFIG).is_file():
+    check_files(folder)
+    if is_file(folder / ADAPTER_CONFIG):
         return _load_adapter(folder, base_model, token)
     if base_model is not None:
         raise ValueError(f"{folder_or_repo} is a whole model, not an adapter, so `base_model` has no meaning for it.")
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json"):
         find_weight_files(folder)  # a folder of pickles is told so first
         raise ValueError(f"{folder_or_repo} holds no config.json, so there is no telling what kind of model it is.")
     return _load_complete(folder).eval()
@@ -142,10 +146,14 @@ def find_folder(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    if not str(folder_or_repo).strip():
+        raise ValueError("A model needs a name: the one given is empty.")
     if Path(folder_or_repo).is_dir():
         if revision is not None:
             raise ValueError(f"{folder_or_repo} is a folder of this machine, which has no revision {revision!r}.")
         return Path(folder_or_repo)
+    if Path(folder_or_repo).exists():
+        raise ValueError(f"{folder_or_repo} is a file, and a model is a folder: name the folder it is in.")
     wanted = ["*.json", "*.safetensors", *TOKENIZER_FILES]
     try:
         # `*` matches slashes too, hence the second list.
@@ -174,22 +182,29 @@ def _load_complete(folder: Path, config: Any = None, class_name: str | None = No
     find_weight_files(folder)
     own_config = config is None
     if own_config:
-        config = _config_of(folder / "config.json")
-    return _class_for(folder, config, class_name).from_pretrained(
-        folder, config=config, use_safetensors=True, ignore_mismatched_sizes=not own_config
-    )
+        config = config_of(folder / "config.json")
+    loader = _class_for(folder, config, class_name)
+    try:
+        # `False`, or transformers asks at the terminal and waits for an answer.
+        return loader.from_pretrained(
+            folder,
+            config=config,
+            use_safetensors=True,
+            ignore_mismatched_sizes=not own_config,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # of any kind, where a configuration makes no sense
+        raise ValueError(f"{folder} cannot be loaded as {loader.__name__}: {first_line(error)}") from error
 
 
 def _class_for(folder: Path, config: Any, name: str | None) -> Any:
     """The class of that name, or that `config` names; an image classifier where transformers has neither."""
-    import transformers
     from transformers import AutoModelForImageClassification
 
     names = config.architectures or []
-    for candidate in [name, *names]:
-        found = getattr(transformers, candidate, None) if candidate else None
-        if found is not None:
-            return found
+    found = transformers_class([name, *names])
+    if found is not None:
+        return found
     if type(config) in AutoModelForImageClassification._model_mapping:
         return AutoModelForImageClassification
     raise ValueError(
@@ -198,17 +213,59 @@ def _class_for(folder: Path, config: Any, name: str | None) -> Any:
     )
 
 
-def _config_of(file: Path) -> Any:
+def transformers_class(names: Iterable[str | None]) -> Any:
+    """The first of these classes that transformers has for models, as its own or as an auto class; else `None`."""
+    import transformers
+
+    for name in filter(None, names):
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and (
+            name.startswith("AutoModel") or issubclass(found, transformers.PreTrainedModel)
+        ):
+            return found
+    return None
+
+
+def check_files(folder: Path) -> None:
+    """A `ValueError` if something in a model's folder has the name of a file that loaders open and is none."""
+    for pattern in ("*.json", "*.safetensors", *TOKENIZER_FILES):
+        for file in folder.glob(pattern):
+            is_file(file)
+
+
+def config_of(file: Path) -> Any:
+    """
+    The configuration in a file, with all defaults.
+
+    Raises:
+        ValueError: naming the file, if it is none that transformers takes.
+    """
     from transformers import AutoConfig, TimmWrapperConfig
 
-    content = read_json(file)
-    if "pretrained_cfg" not in content:
-        if "model_type" not in content:
-            raise ValueError(f"{file} has neither `model_type` (transformers) nor `pretrained_cfg` (timm).")
-        return AutoConfig.from_pretrained(file)
-    # timm's own `save_for_hf` names the number of classes once more here, which the wrapper passes twice.
-    (content.get("model_args") or {}).pop("num_classes", None)
-    return TimmWrapperConfig.from_dict(content)
+    content = read_config(file)
+    if "pretrained_cfg" not in content and "model_type" not in content:
+        raise ValueError(f"{file} has neither `model_type` (transformers) nor `pretrained_cfg` (timm).")
+    try:
+        if "pretrained_cfg" not in content:
+            return AutoConfig.from_pretrained(file, trust_remote_code=False)
+        # timm's own `save_for_hf` names the number of classes once more here, which the wrapper passes twice.
+        content.get("model_args", {}).pop("num_classes", None)
+        return TimmWrapperConfig.from_dict(content)
+    except Exception as error:  # of any kind, as the fields of configurations are
+        raise ValueError(f"{file} is no configuration that transformers takes: {first_line(error)}") from error
+
+
+def adapter_config_of(folder: Path) -> Any:
+    """An adapter's configuration, with all defaults. A `ValueError` as from [`config_of`]."""
+    from peft import PeftConfig
+
+    read_adapter_config(folder)
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # of any kind, as the fields of configurations are
+        raise ValueError(
+            f"{folder / ADAPTER_CONFIG} is no configuration that PEFT takes: {first_line(error)}"
+        ) from error
 
 
 def _load_adapter(folder: Path, base_model: nn.Module | str | Path | None, token: str | bool | None) -> nn.Module:
@@ -216,21 +273,24 @@ def _load_adapter(folder: Path, base_model: nn.Module | str | Path | None, token
 
     find_weight_files(folder)
     if not isinstance(base_model, nn.Module):
-        adapter = read_json(folder / ADAPTER_CONFIG)
+        adapter = read_adapter_config(folder)
         named = base_model or adapter.get("base_model_name_or_path")
         if not named:
             raise ValueError(
                 f"The adapter in {folder} does not say which backbone it belongs to: pass it as `base_model`."
             )
         base_folder = find_folder(named, token=token)
-        if (folder / BACKBONE_CONFIG).is_file():
-            base_model = _load_complete(base_folder, _config_of(folder / BACKBONE_CONFIG))
+        if is_file(folder / BACKBONE_CONFIG):
+            base_model = _load_complete(base_folder, config_of(folder / BACKBONE_CONFIG))
         else:
             base_model = _load_complete(base_folder, class_name=_backbone_class(adapter))
-    return PeftModel.from_pretrained(base_model, folder).eval()
+    try:
+        return PeftModel.from_pretrained(base_model, folder).eval()
+    except Exception as error:  # of any kind, where a configuration makes no sense
+        raise ValueError(f"{folder} cannot be loaded as an adapter: {first_line(error)}") from error
 
 
 def _backbone_class(adapter: dict[str, Any]) -> str | None:
     # A backbone was often saved with another head, or none, than the adapter was trained under.
     named = (adapter.get("auto_mapping") or {}).get("base_model_class")
-    return named or _CLASS_OF_TASK.get(adapter.get("task_type"))
+    return named or _CLASS_OF_TASK.get(str(adapter.get("task_type")))

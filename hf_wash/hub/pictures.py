@@ -4,10 +4,12 @@ The pictures of a model card, from the log that a run keeps in `trainer_state.js
 They need matplotlib, which is optional: without it there are none.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from .record import is_number
 
 
@@ -46,10 +48,10 @@ def draw_pictures(
         figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
         caption = draw(figure.subplots(), log_history, metrics, metric)
         if caption:
-            path = Path(folder) / place / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            drawn = io.BytesIO()
             # No date and no version, so that an unchanged run gives an unchanged file.
-            figure.savefig(path, metadata={"Software": None})
+            figure.savefig(drawn, metadata={"Software": None})
+            write_whole(Path(folder) / place / f"{name}.png", drawn.getvalue())
             pictures[caption] = f"{place}/{name}.png"
     return pictures
 
@@ -98,7 +100,11 @@ def _consensus(axes: Any, log_history: Sequence[Mapping], *_: Any) -> str | None
 
 def _points(log_history: Sequence[Mapping[str, Any]], key: str, scale: float = 1) -> tuple[list, list]:
     # The last entry of a step counts: the final evaluation may repeat one made while training.
-    values = {entry["step"]: entry[key] for entry in log_history if is_number(entry.get(key)) and "step" in entry}
+    values = {
+        entry["step"]: entry[key]
+        for entry in log_history
+        if is_number(entry.get(key)) and is_number(entry.get("step"))
+    }
     return list(values), [value * scale for value in values.values()]
 
 

@@ -7,19 +7,24 @@ The Trainer and `hf-wash push` both go through here. What is in the files is oth
 import functools
 import logging
 import os
+import platform
+import re
 import shlex
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from ..soup.weights import find_weight_files
 from .card_merge import front_matter_problem
+from .loading import check_files
 from .record import LOCAL_MEMBERS, PUSHED_MEMBERS, read_record
 
 
@@ -27,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 # As Trainer's uploads leave out: checkpoints, and what a run keeps for itself (`_members`, unfinished checkpoints).
 _LEFT_OUT = ["_*", "checkpoint-*", *DEFAULT_IGNORE_PATTERNS]
-_SNAPSHOT_PREFIX = "_pushing-"
+# With the machine and the process that it is for.
+_SNAPSHOT_PREFIX = f"_pushing-{platform.node()}-"
 
 
 class PushError(RuntimeError):
@@ -85,6 +91,7 @@ def push_folder(
     """
     folder = Path(folder)
     find_weight_files(folder)
+    check_files(folder)
     # A folder that was trained into before may hold members of a larger population, too.
     size = read_record(folder).get("population", {}).get("size")
     beside = member_files(folder, size) if members else {}
@@ -131,8 +138,12 @@ def _failing_clearly(what: str, command: str) -> Iterator[None]:
 
 def root_files(folder: Path) -> dict[str, Path]:
     """What of a run's folder an upload takes without being asked: files by their path in the repository."""
-    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {path: folder / path for path in filter_repo_objects(paths, ignore_patterns=_LEFT_OUT)}
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    files = {path: folder / path for path in filter_repo_objects(paths, ignore_patterns=_LEFT_OUT)}
+    for path in files.values():
+        if not path.is_file():  # a link to nothing, a FIFO
+            logger.warning(f"{path} is no ordinary file, and is not uploaded.")
+    return {name: path for name, path in files.items() if path.is_file()}
 
 
 def member_files(folder: Path, count: int | None = None) -> dict[str, Path]:
@@ -144,15 +155,15 @@ def member_files(folder: Path, count: int | None = None) -> dict[str, Path]:
     if not local.is_dir() and (folder / PUSHED_MEMBERS).is_dir():
         return {}  # a repository's layout already: they are among the root's files
     found = {path.name for path in local.glob("member_*") if path.is_dir()}
-    names = [f"member_{index}" for index in range(len(found) if count is None else count)]
-    missing = next((name for name in names if name not in found), None)
-    if not names or missing is not None:
+    wanted = range(len(found) if count is None else count)
+    missing = next((f"member_{index}" for index in wanted if f"member_{index}" not in found), None)
+    if not wanted or missing is not None:
         raise ValueError(
             f"{folder} holds no members to push: expected them in {LOCAL_MEMBERS}/member_0 and so on"
             f"{f', and {missing} is missing' if missing and found else ''}. `WashTrainer.save_members` writes them."
         )
     files = {}
-    for name in names:
+    for name in (f"member_{index}" for index in wanted):
         find_weight_files(local / name)
         for path in sorted(local.joinpath(name).rglob("*")):
             # Each member is a model; who trained it how is said once, at the root.
@@ -226,12 +237,15 @@ def push_in_background(repo_id: str, files: Mapping[str, Path], workspace: Path,
     Returns:
         `concurrent.futures.Future`: of the commit. Uploads are done one after the other.
     """
-    snapshot = workspace / f"{_SNAPSHOT_PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
-    kept = {}
-    for number, (name, path) in enumerate(files.items()):
-        kept[name] = snapshot / f"{number}{path.suffix}"
-        snapshot.mkdir(parents=True, exist_ok=True)
-        _keep(path, kept[name])
+    workspace.mkdir(parents=True, exist_ok=True)
+    snapshot = Path(tempfile.mkdtemp(dir=workspace, prefix=f"{_SNAPSHOT_PREFIX}{os.getpid()}-"))
+    kept = {name: snapshot / f"{number}{path.suffix}" for number, (name, path) in enumerate(files.items())}
+    try:
+        for name, path in files.items():
+            _keep(path, kept[name])
+    except BaseException:
+        shutil.rmtree(snapshot, ignore_errors=True)
+        raise
 
     def upload() -> Any:
         try:
@@ -243,9 +257,13 @@ def push_in_background(repo_id: str, files: Mapping[str, Path], workspace: Path,
 
 
 def remove_snapshots(workspace: Path) -> None:
-    """Removes what uploads that were killed have left behind."""
-    for path in workspace.glob(f"{_SNAPSHOT_PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Removes what uploads of this machine that were killed have left behind."""
+    if not workspace.is_dir():
+        return
+    for path in workspace.iterdir():
+        match = re.fullmatch(re.escape(_SNAPSHOT_PREFIX) + r"(\d+)-\w{8}", path.name)
+        if match and not psutil.pid_exists(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _keep(path: Path, copy: Path) -> None:

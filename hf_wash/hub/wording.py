@@ -1,5 +1,6 @@
 """How a card words what it knows: numbers, names, and phrases made of options."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,11 @@ def number(name: str, value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.2%}" if name in PERCENT and -1 <= value <= 1 else f"{value:.4f}"
+
+
+def samples(count: float | None) -> str | None:
+    """On how many samples something was measured, if that is a number of samples."""
+    return f"{int(count):,} evaluation samples" if count and math.isfinite(count) else None
 
 
 def plain(value: Any) -> str | None:
@@ -87,7 +93,7 @@ def differences(override: Mapping[str, Any]) -> str:
 def soup_method(soup: Mapping[str, Any]) -> str | None:
     """How the soup was made."""
     statistics = {"recalibrate": "measured anew on training batches", "average": "averaged"}.get(
-        soup.get("batch_norm")
+        str(soup.get("batch_norm"))
     )
     if soup.get("method") and statistics:
         return f"{soup['method']}, BatchNorm statistics {statistics}"

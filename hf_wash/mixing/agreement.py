@@ -1,10 +1,15 @@
 """What the processes of a mixer must agree on before anything moves: who they are, and what their members look like."""
 
+from collections.abc import Sequence
+
+import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..architecture import describe_architecture, unlike
+from .memory import aligned, overlaps
 from .optimizer_state import Layout, common_layout
-from .schedule import plain_name
+from .schedule import plain_name, shuffled_layers
 
 
 def processes(process_group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None, int, int]:
@@ -21,30 +26,75 @@ def processes(process_group: dist.ProcessGroup | None) -> tuple[dist.ProcessGrou
     return (group if size > 1 else None), rank, size
 
 
-def architecture(model: nn.Module) -> list[tuple[str, str]]:
-    """Each parameter's name, and what there is to say of it."""
-    return [
-        (plain_name(name), f"shape {tuple(p.shape)}, {p.dtype}, {'trainable' if p.requires_grad else 'frozen'}")
-        for name, p in model.named_parameters()
+def architecture(model: nn.Module) -> list[tuple]:
+    """What has to be alike in all members: their parameters, however they are compiled. Buffers are not touched."""
+    names = {name for name, _ in model.named_parameters()}
+    return [(plain_name(name), *told) for name, *told in describe_architecture(model) if name in names]
+
+
+def check_members(members: Sequence[nn.Module], numbers: range) -> list[dict[str, nn.Parameter]]:
+    """
+    Check that this process's members can exchange weights.
+
+    Args:
+        members (`Sequence[torch.nn.Module]`):
+            The members that this process hosts.
+        numbers (`range`):
+            Their places in the population.
+
+    Returns:
+        `list[dict[str, torch.nn.Parameter]]`: For each, the parameters that are exchanged by name, in the same order.
+
+    Raises:
+        ValueError: for no members, members that differ, a model without a trainable floating-point parameter, or a
+            parameter that cannot be moved value by value.
+    """
+    if not members:
+        raise ValueError("This process was given no members; every process needs at least one.")
+    strange = next((each for each in members if not isinstance(each, nn.Module)), None)
+    if strange is not None:
+        raise ValueError(f"Each member must be a torch.nn.Module, found a {type(strange).__name__}.")
+    architectures = [architecture(member) for member in members]
+    for number, theirs in zip(numbers, architectures, strict=True):
+        if problem := unlike(architectures[0], theirs, numbers[0], number):
+            raise ValueError(problem)
+    parameters = [
+        {name: parameter for layer in shuffled_layers(member).values() for name, parameter in layer.items()}
+        for member in members
     ]
-
-
-def difference(expected: list[tuple[str, str]], found: list[tuple[str, str]]) -> str | None:
-    """The first difference of two architectures, in words."""
-    for (name, what), (other_name, other) in zip(expected, found, strict=False):
-        if name != other_name:
-            return f"has the parameter {other_name!r} where the other has {name!r}"
-        if what != other:
-            return f"has the parameter {name!r} with {other}, and the other with {what}"
-    if len(expected) != len(found):
-        longer, has = (expected, "lacks") if len(expected) > len(found) else (found, "has")
-        return f"{has} the parameter {longer[min(len(expected), len(found))][0]!r}, unlike the other"
-    return None
-
-
-def unlike(member: int, other: int, difference: str | None) -> str:
-    """That two members differ, in a sentence."""
-    return f"Member {member} does not have the architecture of member {other}: it {difference}."
+    if not parameters[0]:
+        raise ValueError(
+            f"{type(members[0]).__name__} has no trainable floating-point parameter, so there is nothing to shuffle."
+        )
+    owners: dict[int, int] = {}
+    devices: dict[torch.device, str] = {}
+    for number, own in zip(numbers, parameters, strict=True):
+        for name, parameter in own.items():
+            if owners.setdefault(id(parameter), number) != number:
+                raise ValueError(
+                    f"Members {owners[id(parameter)]} and {number} share the parameter {name!r}; each member needs "
+                    f"its own (copy.deepcopy(model) makes one)."
+                )
+            if overlaps(parameter):
+                raise ValueError(
+                    f"Elements of the parameter {name!r} of member {number} share memory (it was expanded); "
+                    f"make it contiguous first."
+                )
+            if not aligned(parameter):
+                raise ValueError(
+                    f"The parameter {name!r} of member {number} does not start at a multiple of its elements' size "
+                    f"in memory; clone it first."
+                )
+            if type(parameter.data) is not torch.Tensor:
+                raise ValueError(
+                    f"The parameter {name!r} of member {number} is a {type(parameter.data).__name__}; only plain "
+                    f"tensors can be shuffled."
+                )
+            devices.setdefault(parameter.device, f"{name!r} of member {number}")
+    if len(devices) > 1:
+        (first, one), (second, other), *_ = devices.items()
+        raise ValueError(f"{one} is on {first} and {other} on {second}; one process needs them on one device.")
+    return parameters
 
 
 def agree(group: dist.ProcessGroup, error: str | None, description: dict, layout: Layout) -> tuple[str | None, Layout]:
@@ -61,7 +111,7 @@ def agree(group: dist.ProcessGroup, error: str | None, description: dict, layout
                 continue
             if key == "architecture":
                 first = process * reference["number of members"]
-                return unlike(first, 0, difference(value, other[key])), ()
+                return unlike(value, other[key], 0, first), ()
             return (
                 f"Processes have to agree on the {key}: process 0 has {value!r} and process {process} {other[key]!r}.",
                 (),

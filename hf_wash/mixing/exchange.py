@@ -1,44 +1,27 @@
 """
 Carrying the values of a plan: out of the tensors, from process to process, and into the tensors again.
 
-`plan.py` says what moves, and `wash.py` when and whether; nothing here decides anything. Three things are kept apart:
+`plan.py` says what moves, and `wash.py` when and whether; nothing here decides anything. Two things are kept apart:
 
 - a [`Route`] is the plan as one process sees it: which values its members give, in what order they leave, and where
   those that come are to land. Index arithmetic only, prepared ahead together with the plan.
 - a [`HostShipment`] or [`DeviceShipment`] reads the values out of the members' tensors, on a CPU or elsewhere, hands
-  them over and writes what came. Where the tensors lie, `memory.py` knows.
-- [`Wire`] is the one collective: for each pair of processes a header and, behind it, the bytes of the values that go
-  from members of the one to members of the other.
+  them over and writes what came. Where the tensors lie, `memory.py` knows; how bytes get to other processes, `wire.py`.
 """
 
 import functools
 import itertools
-import math
-import time
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
 import torch
-import torch.distributed as dist
-
-# Its functions have the group of the moment in which it is imported as a default, and would keep that alive: see `Wire`.
-# torch (2.15) imports it with the first optimizer, which is mostly too late.
-import torch.distributed.nn.functional
 
 from .memory import BITS, Selection, Views, storage_offsets
 from .plan import Plan
+from .wire import BAD, DIGEST, FLAGS, MISSING, Messages, Wire
 
-
-# The words of a header, int64: digest of the plan, step, flags; then one bit for each member of the process, set if it
-# gives a value that is not finite.
-DIGEST, STEP, FLAGS, BAD = range(4)
-
-# The bits of a header's flags: a stop is asked for; the optimizer's state is not what was announced; some of what is to
-# be carried of it is missing.
-STOP, STATE_CHANGED, MISSING = 1, 2, 4
 
 # From so many on, indices are kept in 32 bits.
 _MANY = 2**18
@@ -170,109 +153,6 @@ def _compact(numbers: np.ndarray) -> np.ndarray:
     return numbers
 
 
-class Wire:
-    """
-    The collective: one all-to-all of bytes, in which each pair of processes exchanges a header and values.
-
-    Over gloo the receiver posts room for more than it expects, since a message larger than that makes gloo abort the
-    process (torch 2.15), and processes whose plans differ are to find out by the header. What is sent is exactly the
-    headers and the values.
-
-    It does not keep the group alive: one that outlives `destroy_process_group` runs its threads until the interpreter
-    ends, and then may abort the process (gloo in torch 2.15, when a thread frees the last collective's tensors).
-
-    Args:
-        group (`torch.distributed.ProcessGroup`):
-            The processes.
-        device (`torch.device`):
-            Where the group's backend sends from.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, device: torch.device):
-        self._group = weakref.ref(group)
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        self.device = device
-        self.on_host = device.type == "cpu"
-        self.roomy = self.on_host and "gloo" in str(dist.get_backend(group))
-
-    @property
-    def group(self) -> dist.ProcessGroup:
-        """The processes; a `RuntimeError` once their group has been destroyed."""
-        group = self._group()
-        if group is None:
-            raise RuntimeError("The process group of this population has been destroyed; its members cannot be mixed.")
-        return group
-
-    def exchange(
-        self, received: torch.Tensor, sent: torch.Tensor, receive_sizes: list[int], send_sizes: list[int]
-    ) -> float:
-        """
-        Sends every process its bytes, and receives the same.
-
-        Args:
-            received (`torch.Tensor`), sent (`torch.Tensor`):
-                Bytes by process, uint8 of the shape of the sums of the sizes, on the wire's device.
-            receive_sizes (`list[int]`), send_sizes (`list[int]`):
-                How many bytes come from and go to each process; 0 for this one.
-
-        Returns:
-            `float`: The seconds spent in the collective.
-        """
-        before = time.perf_counter()
-        dist.all_to_all_single(received, sent, receive_sizes, send_sizes, group=self.group)
-        return time.perf_counter() - before
-
-
-class _Layout:
-    """
-    Where headers and values lie among the bytes that one shuffle sends and receives.
-
-    Args:
-        wire ([`Wire`]):
-            The wire.
-        header_bytes (`int`):
-            The length of a header.
-        loads (`Sequence[tuple[int, Route]]`):
-            For each plane, the bytes of a value, and the route.
-        room (`int`):
-            How many bytes of values another process may send if its plan differs from this one's.
-
-    Attributes:
-        send_sizes (`list[int]`), receive_sizes (`list[int]`):
-            The bytes for each process.
-        headers_out (`dict[int, slice]`), headers_in (`dict[int, slice]`):
-            Where the headers for and of the other processes are.
-        values_out (`list[dict[int, slice]]`), values_in (`list[dict[int, slice]]`):
-            For each plane, where the values for and of the other processes are.
-    """
-
-    def __init__(self, wire: Wire, header_bytes: int, loads: Sequence[tuple[int, Route]], room: int):
-        others = [process for process in range(wire.size) if process != wire.rank]
-        self.send_sizes, self.headers_out, self.values_out = self._messages(
-            others, wire.size, header_bytes, [[width * n for n in path.sent] for width, path in loads], 0
-        )
-        # Eight bytes more or less are of no account, and the next message begins where its numbers can be read in place.
-        enough = -(-(header_bytes + room) // 8) * 8 if wire.roomy else 0
-        self.receive_sizes, self.headers_in, self.values_in = self._messages(
-            others, wire.size, header_bytes, [[width * n for n in path.received] for width, path in loads], enough
-        )
-
-    @staticmethod
-    def _messages(others: list[int], num_processes: int, header_bytes: int, lengths: list[list[int]], enough: int):
-        sizes, headers, values = [0] * num_processes, {}, [{} for _ in lengths]
-        start = 0
-        for process in others:
-            end = start + header_bytes
-            headers[process] = slice(start, end)
-            for places, by_process in zip(values, lengths, strict=True):
-                places[process] = slice(end, end + by_process[process])
-                end += by_process[process]
-            sizes[process] = max(end - start, enough)
-            start += sizes[process]
-        return sizes, headers, values
-
-
 class HostShipment:
     """
     What one shuffle carries between tensors on a CPU.
@@ -290,7 +170,7 @@ class HostShipment:
         header_words (`int`):
             The length of a header, in int64.
         room (`int`):
-            See [`_Layout`].
+            See [`Messages`].
     """
 
     def __init__(
@@ -312,7 +192,7 @@ class HostShipment:
                 self._reads[plane].append((here[path.leaving], values))
                 self._writes[plane].append((here, values))
             return
-        layout = _Layout(wire, 8 * header_words, list(zip(_widths(views), paths, strict=True)), room)
+        layout = Messages(wire, 8 * header_words, _loads(views, paths), room)
         self._sizes = layout.receive_sizes, layout.send_sizes
         sent, received = (np.empty(sum(sizes), np.uint8) for sizes in (layout.send_sizes, layout.receive_sizes))
         self._buffers = torch.from_numpy(received), torch.from_numpy(sent)
@@ -386,6 +266,10 @@ class HostShipment:
         ]
         return headers, sum(self._sizes[1]), waited
 
+    def ship(self, header: np.ndarray) -> tuple[list[list[int]], int, float]:
+        """[`HostShipment.gather`] and [`HostShipment.exchange`]."""
+        return self.exchange(self.gather(header))
+
     def keep_only(self, num_planes: int) -> None:
         """Leaves all but the first planes as they are."""
         self.views, self.volumes = self.views[:num_planes], self.volumes[:num_planes]
@@ -419,7 +303,7 @@ class DeviceShipment:
         self._values: list[torch.Tensor] = []
         self._arrived: list[torch.Tensor] = []
         if wire is not None:
-            self._layout = _Layout(wire, 8 * header_words, list(zip(_widths(views), paths, strict=True)), room)
+            self._messages = Messages(wire, 8 * header_words, _loads(views, paths), room)
 
     def stale(self) -> bool:
         return _stale(*self._touched)
@@ -434,9 +318,10 @@ class DeviceShipment:
             lengths = [len(array) for array in itinerary.values()]
             uploaded = dict(zip(itinerary, parts.split(lengths), strict=True))
             values = torch.zeros(len(path.offsets), dtype=BITS[view.plane.dtype.itemsize], device=view.device)
-            if "places" in uploaded:
+            fused = kernels(view.device)
+            if fused is not None and "places" in uploaded:
                 longest = int(np.diff(itinerary["bounds"]).max())
-                kernels(view.device).gather(
+                fused.gather(
                     uploaded["places"], uploaded["bounds"], longest, values, sent_header[BAD:], view.plane.dtype
                 )
             else:
@@ -451,7 +336,7 @@ class DeviceShipment:
         if self._wire is None:
             self._arrived = self._values
             return header[None], 0, 0.0
-        wire, layout = self._wire, self._layout
+        wire, layout = self._wire, self._messages
         pieces = []
         for values, path, uploaded in zip(self._values, self._paths, self._uploaded, strict=True):
             leaving = values.index_select(0, uploaded["leaving"]) if "leaving" in uploaded else values
@@ -479,6 +364,9 @@ class DeviceShipment:
         ]
         return torch.stack(headers), sum(layout.send_sizes), waited
 
+    def ship(self, header: np.ndarray) -> tuple[torch.Tensor, int, float]:
+        return self.exchange(self.gather(header))
+
     def keep_only(self, num_planes: int) -> None:
         self.views, self.volumes = self.views[:num_planes], self.volumes[:num_planes]
         self._paths, self._arrived = self._paths[:num_planes], self._arrived[:num_planes]
@@ -495,9 +383,10 @@ class DeviceShipment:
             withheld = 0 if view.plane.slot is None else MISSING
             # With one process the values still have the order of the places that they were read from.
             order = uploaded.get("leaving") if self._wire is None else None
-            if "places" in uploaded:
+            fused = kernels(view.device)
+            if fused is not None and "places" in uploaded:
                 landing = uploaded.get("landing", uploaded["places"])
-                kernels(view.device).scatter(landing, order, arrived, headers, FLAGS, withheld, BAD)
+                fused.scatter(landing, order, arrived, headers, FLAGS, withheld, BAD)
                 continue
             if order is not None:
                 arrived = arrived.index_select(0, order)
@@ -569,8 +458,8 @@ def _unsigned(view: Views) -> str:
     return f"u{view.plane.dtype.itemsize}"
 
 
-def _widths(views: Sequence[Views]) -> list[int]:
-    return [view.plane.dtype.itemsize for view in views]
+def _loads(views: Sequence[Views], paths: Sequence[Route]) -> list[tuple[int, list[int], list[int]]]:
+    return [(view.plane.dtype.itemsize, path.sent, path.received) for view, path in zip(views, paths, strict=True)]
 
 
 def _volume(view: Views, path: Route) -> tuple[int, int, int, int]:
@@ -591,7 +480,7 @@ def _touched(views: Sequence[Views], paths: Sequence[Route]) -> tuple[list[torch
     addresses: list[int] = []
     for view, path in zip(views, paths, strict=True):
         used = (path.counts if view.exists is None else path.counts * view.exists).tolist()
-        tensors += itertools.compress(view.tensors, used)
+        tensors += [tensor for tensor, count in zip(view.tensors, used, strict=True) if tensor is not None and count]
         addresses += itertools.compress(view.addresses, used)
     return tensors, addresses
 
@@ -618,24 +507,3 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-def room_for_values(expected: float, num_local: int, width: int) -> int:
-    """
-    Bytes that hold what any plan of a run sends from one process to another.
-
-    The number of values is a sum of independent counts of at most `num_local` each: twelve standard deviations and a
-    constant for small means are more than any draw will ask for.
-
-    Args:
-        expected (`float`):
-            The mean number of values.
-        num_local (`int`):
-            The number of members in each process.
-        width (`int`):
-            The bytes of a value.
-
-    Returns:
-        `int`: The room in bytes.
-    """
-    return width * math.ceil(expected + 12 * num_local * math.sqrt(expected) + 64 * num_local)

@@ -74,9 +74,9 @@ class Views:
         storages (`list[torch.Tensor | None]`):
             The memory between a tensor's first and last element, as integers of shape `(span,)`. It is kept alive, so
             that nothing else can get the same address. For a tensor that does not exist, an element to spare.
-        space (`numpy.ndarray`, *optional*):
+        space (`numpy.ndarray`):
             On a CPU, the memory of all of them and what lies between, as unsigned integers. It must never be read or
-            written but at places of the tensors, nor be copied: most of it may not exist.
+            written but at places of the tensors, nor be copied: most of it may not exist. Elsewhere empty.
         origin (`int`):
             The address in elements at which places are counted from.
         bases (`numpy.ndarray`):
@@ -91,7 +91,7 @@ class Views:
     tensors: list[torch.Tensor | None]
     addresses: list[int]
     storages: list[torch.Tensor]
-    space: np.ndarray | None
+    space: np.ndarray
     origin: int
     bases: np.ndarray
     exists: np.ndarray | None
@@ -169,7 +169,7 @@ def look(
     spare = torch.zeros(1, dtype=BITS[plane.dtype.itemsize], device=device)
     storages = [spare if tensor is None or tensor.numel() == 0 else _storage(tensor) for tensor in tensors]
     starts = [storage.data_ptr() for storage in storages]
-    space, origin = _space(storages) if device.type == "cpu" else (None, 0)
+    space, origin = _space(storages) if device.type == "cpu" else (np.empty(0), 0)
     bases = np.array(starts, dtype=np.int64) // plane.dtype.itemsize - origin
     num_tensors = len(plane.tensors)
     strided = tuple(

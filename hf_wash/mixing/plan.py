@@ -238,7 +238,7 @@ class Planner:
         probabilities (`Sequence[float]`):
             The probability p_l of each tensor, in [0, 1].
         num_members (`int`):
-            The size of the population, N.
+            The size of the population, N. With 0 there is nobody to move anything, and [`Planner.select`] alone serves.
 
     Raises:
         ValueError: for a seed outside [0, 2^64).
@@ -281,7 +281,7 @@ class Planner:
         self._reject_none_from = int(self._reject_below.max(initial=0))
 
     def _lines(self, sizes: Sequence[int], probabilities: Sequence[float]) -> list[_Line]:
-        identities = Fraction(1, math.factorial(self.num_members))
+        identities = Fraction(1, math.factorial(self.num_members)) if self.num_members else Fraction(0)
         lines: list[_Line] = []
         start = 0
         for probability, run in itertools.groupby(zip(probabilities, sizes, strict=True), key=lambda item: item[0]):
@@ -304,15 +304,7 @@ class Planner:
             [`Plan`]: The plan, the same for the same arguments on every process, layout and machine.
         """
         words = self._words(step)
-        moved = self._draw_sparse(words)
-        if self._dense:
-            pieces, done = [], 0
-            for line in self._dense:
-                # Lines do not overlap, so sorted pieces in the order of the lines are sorted as a whole.
-                until = int(np.searchsorted(moved, line.start))
-                pieces += [moved[done:until], *_draw_dense(words, line)]
-                done = until
-            moved = np.concatenate([*pieces, moved[done:]])
+        moved = self._draw_moved(words)
         permutations = _draw_permutations(words, self.num_members, len(moved))
         self._generators.append(words)
         # What was drawn follows from the salt and the step, so the rest is to find a machine at fault: 32 bits each do.
@@ -324,6 +316,37 @@ class Planner:
         offsets = np.searchsorted(moved, self._tensor_starts)
         moved -= np.repeat(self._tensor_starts[:-1], offsets[1:] - offsets[:-1])
         return Plan(step, self.num_members, moved, offsets, digest.digest(), permutations)
+
+    def select(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Draws which coordinates a step selects, without saying where they go.
+
+        Args:
+            step (`int`):
+                The step, in [0, 2^64).
+
+        Returns:
+            `tuple[numpy.ndarray, numpy.ndarray]`: As `coordinates` and `offsets` of a [`Plan`].
+        """
+        words = self._words(step)
+        selected = self._draw_moved(words)
+        self._generators.append(words)
+        offsets = np.searchsorted(selected, self._tensor_starts)
+        selected -= np.repeat(self._tensor_starts[:-1], offsets[1:] - offsets[:-1])
+        return selected, offsets
+
+    def _draw_moved(self, words: Philox) -> np.ndarray:
+        """Draws the moved coordinates of all tensors, ascending."""
+        moved = self._draw_sparse(words)
+        if self._dense:
+            pieces, done = [], 0
+            for line in self._dense:
+                # Lines do not overlap, so sorted pieces in the order of the lines are sorted as a whole.
+                until = int(np.searchsorted(moved, line.start))
+                pieces += [moved[done:until], *_draw_dense(words, line)]
+                done = until
+            moved = np.concatenate([*pieces, moved[done:]])
+        return moved
 
     def _words(self, step: int) -> Philox:
         """The generator of a step's words, which have not been drawn from yet."""

@@ -1,8 +1,8 @@
 """
 WASH: after an optimizer step, members of a population exchange a few of their weights.
 
-What a caller uses is here: [`WashMixer`], the statistics it returns and the errors it raises. The draw is in `plan.py`,
-the transport in `exchange.py`, the probabilities in `schedule.py`.
+What a caller uses is [`WashMixer`]; the statistics it returns and the errors it raises are in `outcome.py`, the draw in
+`plan.py`, the transport in `exchange.py`, the probabilities in `schedule.py`.
 """
 
 import functools
@@ -10,94 +10,21 @@ import queue
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from .agreement import agree, architecture, difference, processes, unlike
+from .agreement import agree, architecture, check_members, processes
 from .drafts import Draft, Promise, dismiss, keep_promises
-from .exchange import (
-    BAD,
-    FLAGS,
-    MISSING,
-    STATE_CHANGED,
-    STEP,
-    STOP,
-    DeviceShipment,
-    HostShipment,
-    Wire,
-    room_for_values,
-)
-from .memory import Plane, Views, aligned, look, overlaps
+from .exchange import DeviceShipment, HostShipment
+from .memory import Plane, Views, look
 from .optimizer_state import Layout, OptimizerStates, common_layout, optimizer_name, trial_refusal
+from .outcome import ContagionError, MixStats, PlanMismatchError
 from .plan import PLAN_VERSION, Planner
 from .schedule import SCHEDULES, check_probability, layer_probabilities, shuffled_layers
-
-
-class ContagionError(RuntimeError):
-    """
-    A member would have handed NaN or infinite values to others. Raised on every process, at the same step.
-
-    Attributes:
-        members (`tuple[int, ...]`):
-            The members whose values were not finite.
-        step (`int`):
-            The step of the shuffle that was refused.
-    """
-
-    def __init__(self, members: Sequence[int], step: int):
-        self.members = tuple(members)
-        self.step = step
-        who = f"Member {members[0]} holds" if len(members) == 1 else f"Members {', '.join(map(str, members))} hold"
-        super().__init__(
-            f"{who} NaN or infinite values among those to be shuffled at step {step}. The shuffle of this step was not "
-            f"carried out, so no other member has got any of them. Resume from a checkpoint before this step, with a "
-            f"lower learning rate or clipped gradients."
-        )
-
-
-class PlanMismatchError(RuntimeError):
-    """
-    Processes came to a shuffle with different plans, of different steps for example. Raised on every process.
-
-    Nothing was written into any member.
-    """
-
-
-@dataclass(frozen=True)
-class MixStats:
-    """
-    What an exchange moved. Values are counted once for each member that received one from another member; those of the
-    optimizer's state are among them where it is shuffled.
-
-    Attributes:
-        values_moved (`int`):
-            Values that members of this process received from other members.
-        bytes_exchanged (`int`):
-            Their bytes, whether they came from another process or not.
-        bytes_sent (`int`):
-            Bytes that this process put on the wire, headers included. 0 with one process.
-        averaged (`bool`):
-            Whether whole models were averaged, so that BatchNorm statistics need to be re-estimated.
-        stop_requested (`bool`):
-            Whether any process asked for a stop. The same on every process.
-        population_values_moved (`int`), population_bytes_exchanged (`int`):
-            `values_moved` and `bytes_exchanged` over all members, whatever the layout. The same on every process.
-        wait_seconds (`float`):
-            How long this process waited in the collective, in seconds.
-    """
-
-    values_moved: int
-    bytes_exchanged: int
-    bytes_sent: int
-    averaged: bool
-    stop_requested: bool
-    population_values_moved: int
-    population_bytes_exchanged: int
-    wait_seconds: float
+from .wire import BAD, FLAGS, MISSING, STATE_CHANGED, STEP, STOP, Wire, room_for_values
 
 
 # In the place of a plan's digest when nothing is to be moved.
@@ -234,58 +161,13 @@ class WashMixer:
 
     def _check(self, members, optimizers, probability, schedule, seed) -> dict[str, object]:
         """Checks what one process can check by itself. Returns what all of them have to agree on."""
-        if not members:
-            raise ValueError("This process was given no members; every process needs at least one.")
-        strange = next((each for each in members if not isinstance(each, nn.Module)), None)
-        if strange is not None:
-            raise ValueError(f"Each member must be a torch.nn.Module, found a {type(strange).__name__}.")
         strange = next((each for each in optimizers if not hasattr(each, "param_groups")), None)
         if strange is not None:
             raise ValueError(f"Each optimizer must be a torch.optim.Optimizer, found a {type(strange).__name__}.")
         check_probability(probability)
         if not isinstance(schedule, Mapping) and schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a mapping, and is {schedule!r}.")
-        architectures = [architecture(member) for member in members]
-        for number, theirs in zip(self._members, architectures, strict=True):
-            differing = difference(architectures[0], theirs)
-            if differing:
-                raise ValueError(unlike(number, self._members[0], differing))
-        parameters = [
-            {name: parameter for layer in shuffled_layers(member).values() for name, parameter in layer.items()}
-            for member in members
-        ]
-        if not parameters[0]:
-            raise ValueError(
-                f"{type(members[0]).__name__} has no trainable floating-point parameter, so there is nothing to shuffle."
-            )
-        owners: dict[int, int] = {}
-        devices: dict[torch.device, str] = {}
-        for number, members_parameters in zip(self._members, parameters, strict=True):
-            for name, parameter in members_parameters.items():
-                if owners.setdefault(id(parameter), number) != number:
-                    raise ValueError(
-                        f"Members {owners[id(parameter)]} and {number} share the parameter {name!r}; each member needs "
-                        f"its own (copy.deepcopy(model) makes one)."
-                    )
-                if overlaps(parameter):
-                    raise ValueError(
-                        f"Elements of the parameter {name!r} of member {number} share memory (it was expanded); "
-                        f"make it contiguous first."
-                    )
-                if not aligned(parameter):
-                    raise ValueError(
-                        f"The parameter {name!r} of member {number} does not start at a multiple of its elements' size "
-                        f"in memory; clone it first."
-                    )
-                if type(parameter.data) is not torch.Tensor:
-                    raise ValueError(
-                        f"The parameter {name!r} of member {number} is a {type(parameter.data).__name__}; only plain "
-                        f"tensors can be shuffled."
-                    )
-                devices.setdefault(parameter.device, f"{name!r} of member {number}")
-        if len(devices) > 1:
-            (first, one), (second, other), *_ = devices.items()
-            raise ValueError(f"{one} is on {first} and {other} on {second}; one process needs them on one device.")
+        parameters = check_members(members, self._members)
         layers = shuffled_layers(members[0])
         by_layer = layer_probabilities(members[0], probability, schedule)
         self._probabilities = [by_layer[layer] for layer, owned in layers.items() for _ in owned]
@@ -306,7 +188,7 @@ class WashMixer:
                 self._states = states
                 self._announced = states.layout()
         return {
-            "architecture": architectures[0],
+            "architecture": architecture(members[0]),
             "number of members": len(members),
             "probability": float(probability),
             "schedule": dict(schedule) if isinstance(schedule, Mapping) else schedule,
@@ -362,12 +244,12 @@ class WashMixer:
                 raise ValueError(self._broken)
             if self._late:
                 # No header is like this one, so that nothing is written anywhere.
-                shipment.exchange(shipment.gather(self._header(_NO_SHUFFLE, step, 0)))
+                shipment.ship(self._header(_NO_SHUFFLE, step, 0))
                 raise ValueError(self._broken)
             self._refusal, state_changed = self._broken, True
         missing = any(self._views[plane].exists is not None for plane in self._planes)
         flags = STOP * stop_requested | STATE_CHANGED * state_changed | MISSING * missing
-        headers, sent, waited = shipment.exchange(shipment.gather(self._header(digest, step, flags)))
+        headers, sent, waited = shipment.ship(self._header(digest, step, flags))
 
         if self._late:
             # The device itself looks into the headers and writes nothing if they are not as they should be.
@@ -383,7 +265,7 @@ class WashMixer:
             self._carry(self._agreed)
             shipment.keep_only(len(self._weights))
             rest = self._shipment(draft, self._planes[len(self._weights) :])
-            headers, more, longer = rest.exchange(rest.gather(self._header(digest, step, 0)))
+            headers, more, longer = rest.ship(self._header(digest, step, 0))
             self._judge(headers, step, digest)
             shipments.append(rest)
             sent, waited = sent + more, waited + longer

@@ -9,13 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..architecture import describe_architecture, unlike
 from .population import Population
-
-
-def describe_architecture(model: nn.Module) -> list[tuple[str, tuple[int, ...], str, bool]]:
-    """Each parameter's name, shape, dtype and whether it is trained, and each buffer's name, shape and dtype."""
-    parameters = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
-    return parameters + [(name, tuple(b.shape), str(b.dtype), False) for name, b in model.named_buffers()]
 
 
 def check_same_architecture(population: Population) -> None:
@@ -27,25 +22,8 @@ def check_same_architecture(population: Population) -> None:
     """
     architectures = population.gather([describe_architecture(member) for member in population.members])
     for index, other in enumerate(architectures[1:], start=1):
-        difference = first_difference(architectures[0], other)
-        if difference is not None:
-            raise ValueError(
-                f"All members must have one architecture, but member {index} differs from 0: {difference}."
-            )
-
-
-def first_difference(ours: list, theirs: list) -> str | None:
-    """The first difference between two [`describe_architecture`], in words; `None` if there is none."""
-    for (name, *mine), (other_name, *other) in zip(ours, theirs, strict=False):
-        if name != other_name:
-            return f"its tensor `{other_name}` stands where `{name}` was expected"
-        for what, a, b in zip(("shape", "dtype", "requires_grad"), mine, other, strict=True):
-            if a != b:
-                return f"`{name}` has {what} {b} instead of {a}"
-    if len(ours) != len(theirs):
-        longer = ours if len(ours) > len(theirs) else theirs
-        return f"`{longer[min(len(ours), len(theirs))][0]}` is {'missing' if longer is ours else 'additional'}"
-    return None
+        if said := unlike(architectures[0], other, 0, index):
+            raise ValueError(said)
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -53,7 +31,7 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

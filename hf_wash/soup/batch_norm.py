@@ -64,7 +64,7 @@ def recalibrate_batch_norm(
     layers = _tracking_layers(model)
     if not layers:
         return 0
-    forward = _forward if forward is None else forward
+    forward = forward_batch if forward is None else forward
     used = 0
     with _measuring(model, layers), torch.no_grad():
         for batch in islice(batches, max_batches):
@@ -114,7 +114,8 @@ def _measuring(model: nn.Module, layers: list[_BatchNorm]):
                     buffer.copy_(old)
 
 
-def _forward(model: nn.Module, batch: Any) -> None:
+def forward_batch(model: nn.Module, batch: Any) -> None:
+    """Run a model on a batch as data loaders give it, without its labels."""
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
     if isinstance(batch, Mapping):
         # Soft labels (mixup) are more than some losses take, and the loss is of no use here.

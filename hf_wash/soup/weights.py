@@ -12,6 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..architecture import first_difference
+from ..files import is_file
+
 
 # The names of the safetensors format for the element types that torch has, too.
 _SAFETENSORS_DTYPES = {
@@ -111,14 +114,20 @@ class _SafetensorsSource(WeightSource):
                         self._file_of[name] = file
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} cannot be read as safetensors: {error}.") from error
+        if not specs:
+            raise ValueError(f"{', '.join(map(str, files))} holds no tensors.")
         # A file keeps its tensors by size, its reader sorts them by name: give all files of one model one order.
         super().__init__(description, dict(sorted(specs.items())), {})
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         # Opened anew for each tensor: a file that stays open keeps every page that was ever touched resident, and a
         # soup of many members would slowly take the memory of all of them.
-        with safe_open(self._file_of[name], framework="pt") as weights:
-            return weights.get_tensor(name) if rows is None else weights.get_slice(name)[rows]
+        file = self._file_of[name]
+        try:
+            with safe_open(file, framework="pt") as weights:
+                return weights.get_tensor(name) if rows is None else weights.get_slice(name)[rows]
+        except (SafetensorError, OSError) as error:  # a type that this torch does not have, a file that has changed
+            raise ValueError(f"'{name}' cannot be read from {file}: {error}.") from error
 
 
 def find_weight_files(path: str | Path) -> list[Path]:
@@ -134,7 +143,8 @@ def find_weight_files(path: str | Path) -> list[Path]:
         `list[Path]`: one file, or the shards.
 
     Raises:
-        ValueError: if nothing is there, or nothing but pickles.
+        ValueError: if nothing is there, nothing but pickles or no ordinary file, or if an index names a file outside
+            of its folder.
     """
     path = Path(path)
     if path.is_file():
@@ -145,19 +155,12 @@ def find_weight_files(path: str | Path) -> list[Path]:
         raise ValueError(f"There is no folder or file {path}; download a repository of the Hub before averaging it.")
     for name in _WEIGHT_FILES:
         file = path / name
-        if not file.is_file():
+        if not is_file(file):
             continue
         if file.suffix == ".safetensors":
             return [file]
-        try:
-            shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{file} is not an index of safetensors shards: {error}.") from error
-        missing = [shard for shard in shards if not (path / shard).is_file()]
-        if missing:
-            raise ValueError(f"{file} lists {missing[0]}, which is not there.")
-        return [path / shard for shard in shards]
-    others = sorted(path.glob("*.safetensors"))
+        return [path / shard for shard in _shards_of(file)]
+    others = [file for file in sorted(path.glob("*.safetensors")) if is_file(file)]
     if len(others) == 1:
         return others
     if others:
@@ -169,6 +172,23 @@ def find_weight_files(path: str | Path) -> list[Path]:
     if pickles:
         raise ValueError(_not_safetensors(path, pickles))
     raise ValueError(f"{path} holds no weights: expected model.safetensors in it.")
+
+
+def _shards_of(index: Path) -> list[str]:
+    """The files that an index of shards lists, which must lie beside it."""
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is not an index of safetensors shards: {error}.") from error
+    for shard in shards or [None]:
+        if not isinstance(shard, str) or "\0" in shard or shard in ("", ".", ".."):
+            raise ValueError(f"{index} is not an index of safetensors shards: it lists {shard!r}.")
+        # By its name: what is downloaded from the Hub lies elsewhere, and links of this folder lead to it.
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise ValueError(f"{index} lists {shard}, outside of its folder: that is not read.")
+        if not is_file(index.parent / shard):
+            raise ValueError(f"{index} lists {shard}, which is not there.")
+    return shards
 
 
 def _not_safetensors(path: Path, names: list[str]) -> str:
@@ -219,20 +239,10 @@ def check_alike(reference: WeightSource, other: WeightSource, prefix: str | None
     if prefix is None:
         prefix = f"{other.description} cannot be averaged with {reference.description}:"
         prefix = prefix[0].upper() + prefix[1:]
-    for name, spec in reference.specs.items():
-        if name not in other.specs:
-            raise ValueError(f"{prefix} '{name}' is missing in {other.description}.")
-        if spec == other.specs[name]:
-            continue
-        for what, here, there in zip(("shape", "dtype"), spec, other.specs[name], strict=False):
-            if here != there:
-                raise ValueError(
-                    f"{prefix} '{name}' has {what} {there} in {other.description} and {here} in "
-                    f"{reference.description}."
-                )
-    for name in other.specs:
-        if name not in reference.specs:
-            raise ValueError(f"{prefix} '{name}' is missing in {reference.description}.")
+    ours, theirs = ([(name, *spec) for name, spec in source.specs.items()] for source in (reference, other))
+    difference = first_difference(ours, theirs, reference.description, other.description, in_order=False)
+    if difference is not None:
+        raise ValueError(f"{prefix} {difference}.")
 
 
 def check_is_a_collection(members: Any) -> None:

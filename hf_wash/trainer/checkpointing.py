@@ -11,40 +11,29 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import logging
 
 from .. import __version__
-from ..population import MemberOverrides, Population, copy_member
-from ..population.agreement import describe_architecture, first_difference
+from ..architecture import describe_architecture, first_difference
+from ..population import MemberOverrides, copy_member
 from . import checkpoint as checkpoints
-from .data import MemberBatches
 from .log import MemberLog
-from .mixing_run import MixingRun
-from .served_soup import ServedSoup
+from .part import Part
 
 
 logger = logging.get_logger(__name__)
 
 
-class Checkpointing(Trainer):
+class Checkpointing(Part):
     """The part of a population's Trainer that writes checkpoints and resumes from them."""
-
-    population: Population
-    mixing: MixingRun | None
-    soup: ServedSoup
-    _overrides: list[MemberOverrides]
-    _batches: MemberBatches
-    _log: MemberLog | None
-    _resume: dict[str, Any] | None
 
     def _node(self) -> int:
         """The machine whose folder this process writes to; one for all without `save_on_each_node`."""
         if not self.args.save_on_each_node:
             return 0
-        return self.args.process_index // int(os.environ.get("LOCAL_WORLD_SIZE", self.args.world_size))
+        return self.args.process_index // int(os.environ.get("LOCAL_WORLD_SIZE", str(self.args.world_size)))
 
     def _check_output_folder(self) -> None:
         """*Collective.* Find out before training, not at the first save, whether all processes see the folder."""
@@ -192,9 +181,9 @@ class Checkpointing(Trainer):
             [(name, None if name in buffers else shape, *rest) for name, shape, *rest in entries]
             for entries in (describe_architecture(self.population.wholes[0]), theirs)
         )
-        difference = first_difference(own, theirs)
+        difference = first_difference(own, theirs, "this run", "the checkpoint")
         if difference is not None:
-            raise ValueError(f"Cannot resume: `{folder}` holds another architecture, {difference}.")
+            raise ValueError(f"Cannot resume: `{folder}` holds another architecture: {difference}.")
         if manifest["seed"] != self.args.seed:
             raise ValueError(
                 f"Cannot resume: `{folder}` was shuffled with seed {manifest['seed']}, this run's is {self.args.seed}."
@@ -241,15 +230,15 @@ class Checkpointing(Trainer):
         for index in self.population.indices:
             training, streams = checkpoints.read_training(Path(checkpoint) / f"member_{index}")
             parts[index] = training
-            self._resume["streams"].append(checkpoints.decode_streams(streams))
-        self._resume["parts"] = parts
+            self._resuming["streams"].append(checkpoints.decode_streams(streams))
+        self._resuming["parts"] = parts
         wholes = dict(zip(self.population.indices, self.population.wholes, strict=True))
         checkpoints.put_together(self.optimizer, self.lr_scheduler, wholes, parts)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.accelerator.scaler is None:
             return
-        state = self._resume["parts"][self.population.indices[0]].get("scaler")
+        state = self._resuming["parts"][self.population.indices[0]].get("scaler")
         if state is not None:
             self.accelerator.scaler.load_state_dict(state)
 

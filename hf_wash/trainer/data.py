@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate.data_loader import DataLoaderShard, SeedableRandomSampler, skip_first_batches
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Subset
 from transformers.trainer_utils import has_length
 
 from ..population import Population
@@ -41,7 +41,7 @@ class MemberLoader:
         self._device = population.device
         self._non_blocking = non_blocking
         self._reads_ahead = isinstance(dataloader, DataLoaderShard)
-        self._iterator: Iterator | None = None
+        self._iterator: Iterator = iter(())
         self._upcoming: Any = None
         self._is_drawn = False
         # Where the streams stood when the epoch began, and before the batch that waits was drawn: what it takes to
@@ -93,7 +93,7 @@ class MemberLoader:
         if hasattr(dataloader, "set_epoch"):
             dataloader.set_epoch(epoch)
         # As Trainer does: Accelerate's `set_epoch` does not reach the sampler of a wrapped batch sampler.
-        sampler = getattr(getattr(dataloader, "batch_sampler", None), "batch_sampler", None)
+        sampler: Any = getattr(getattr(dataloader, "batch_sampler", None), "batch_sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
         # The base loader: Accelerate's own iteration would read ahead a second time.
@@ -133,6 +133,8 @@ class MemberLoader:
 
 class MembersLoader(DataLoader):
     """The loader the Trainer iterates over: a list of batches at a time, one for each local member."""
+
+    dataset: "MemberBatches"
 
     @property
     def total_batch_size(self) -> int | None:
@@ -196,18 +198,18 @@ class MemberBatches(IterableDataset):
     def __iter__(self) -> Iterator[list | None]:
         streams = self.population.streams
         resume, self._resume = self._resume, None
-        mid_epoch = resume is not None and resume["placeholders"] > 0
-        self.position = resume["position"] if mid_epoch else 0
+        midway = resume if resume is not None and resume["placeholders"] > 0 else None
+        self.position = midway["position"] if midway is not None else 0
         for slot, loader in enumerate(self.loaders):
             streams.activate(loader.member)
-            if mid_epoch:
-                loader.resume(self.epoch, self.position, resume["states"][slot]["loader"])
+            if midway is not None:
+                loader.resume(self.epoch, self.position, midway["states"][slot]["loader"])
             if resume is not None:
                 streams.restore(resume["states"][slot]["streams"])
-            if not mid_epoch:
+            if midway is None:
                 loader.start(self.epoch)
-        if mid_epoch:
-            yield from itertools.repeat(None, resume["placeholders"])
+        if midway is not None:
+            yield from itertools.repeat(None, midway["placeholders"])
         while not self._any_exhausted():
             batches = []
             for loader in self.loaders:
@@ -234,7 +236,7 @@ def _unchanged(batches: list) -> list:
     return batches
 
 
-def shard_for_member(dataset: Dataset, member: int, size: int) -> Dataset:
+def shard_for_member(dataset: Any, member: int, size: int) -> Any:
     """
     The part of `dataset` that member `member` of `size` trains on with `member_data="shard"`: every `size`-th example,
     the same number for each member (up to `size` − 1 examples are left out), so that all take the same steps.
@@ -243,7 +245,7 @@ def shard_for_member(dataset: Dataset, member: int, size: int) -> Dataset:
         ValueError: for a stream that cannot be split evenly, or fewer examples than members.
     """
     if isinstance(dataset, IterableDataset):
-        shards = getattr(dataset, "num_shards", None) or getattr(dataset, "n_shards", 1)
+        shards: int = getattr(dataset, "num_shards", 0) or getattr(dataset, "n_shards", 1)
         if not hasattr(dataset, "shard") or shards % size:
             raise ValueError(
                 f'`member_data="shard"` splits a stream by its shards, and {shards} shard(s) do not divide among '
@@ -256,17 +258,17 @@ def shard_for_member(dataset: Dataset, member: int, size: int) -> Dataset:
     return _choose(dataset, range(member, member + count * size, size))
 
 
-def hold_out(dataset: Dataset, part: float, seed: int) -> tuple[Dataset, Dataset]:
+def hold_out(dataset: Any, part: float, seed: int) -> tuple[Any, Any]:
     """
     Split a training set in two by a random choice of examples, the same on every process.
 
     Args:
-        dataset (`Dataset`): Indexable, with a length.
+        dataset: Indexable, with a length: of torch, of `datasets`, a list.
         part (`float`): The part that is held out, in (0, 1); at least one example.
         seed (`int`): Of the choice.
 
     Returns:
-        `tuple[Dataset, Dataset]`: What is left to train on, and what is held out.
+        `tuple`: What is left to train on, and what is held out.
 
     Raises:
         ValueError: for a stream, and if nothing would be left.
@@ -280,7 +282,7 @@ def hold_out(dataset: Dataset, part: float, seed: int) -> tuple[Dataset, Dataset
     return _choose(dataset, sorted(order[count:])), _choose(dataset, sorted(order[:count]))
 
 
-def _choose(dataset: Dataset, indices: Sequence[int]) -> Dataset:
+def _choose(dataset: Any, indices: Sequence[int]) -> Any:
     return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
 
 

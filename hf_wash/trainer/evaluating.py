@@ -5,38 +5,27 @@ What becomes of their predictions is `evaluation`'s work.
 """
 
 import copy
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from ..population import Population
 from . import evaluation
-from .member import Member, as_member
-from .served_soup import ServedSoup
+from .member import as_member
+from .part import Part
 
 
 logger = logging.get_logger(__name__)
 
 
-class Evaluating(Trainer):
+class Evaluating(Part):
     """The part of a population's Trainer that evaluates and predicts."""
 
-    population: Population
-    soup: ServedSoup
     _evaluating: bool
-    _beside: evaluation.BesideTheSoup | None
-    _beside_models: list[nn.Module] | None
-
-    if TYPE_CHECKING:
-
-        @property
-        def members(self) -> list[Member]: ...
+    _beside: tuple[evaluation.BesideTheSoup, list[nn.Module]] | None  # and the members as they are evaluated
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """
@@ -84,12 +73,11 @@ class Evaluating(Trainer):
             keep=compute_metrics is not None,
             preprocess=self.preprocess_logits_for_metrics,
         )
-        models = self._members_for_evaluation()
-        self._beside, self._beside_models = beside, models
+        self._beside = beside, self._members_for_evaluation()
         try:
             output = super().evaluation_loop(dataloader, *options)
         finally:
-            self._beside = self._beside_models = None
+            self._beside = None
 
         def summarize(of: evaluation.Predictions) -> dict[str, float]:
             return evaluation.summarize(
@@ -112,12 +100,12 @@ class Evaluating(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs, prediction_loss_only: bool, *args, **kwargs):
         """The soup's prediction for a batch and, in an evaluation, each member's beside it."""
-        beside = self._beside
-        if beside is None:
+        if self._beside is None:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        beside, models = self._beside
         result = super().prediction_step(model, copy.copy(inputs), prediction_loss_only, *args, **kwargs)
         results = []
-        for member, prepared in zip(self.members, self._beside_models, strict=True):
+        for member, prepared in zip(self.members, models, strict=True):
             with self.population.streams.use(member.index), as_member(self, member):
                 self.data_collator = self.soup.member.data_collator
                 own = super().prediction_step(prepared, copy.copy(inputs), not beside.needs_logits, *args, **kwargs)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import EvalPrediction
 from transformers.trainer_pt_utils import EvalLoopContainer, nested_numpify
 from transformers.trainer_utils import denumpify_detensorize
@@ -149,7 +148,7 @@ def population_metrics(members: Sequence[dict[str, float]], ensemble: dict[str, 
     return metrics
 
 
-def ensemble_kind(model: nn.Module) -> str | None:
+def ensemble_kind(model: Any) -> str | None:
     """
     The task of a model's head, where an ensemble of its kind is defined: transformers' `problem_type`, set or, as its
     own losses take it, regression for one label. `None` for everything that is not one prediction for an example.

@@ -63,13 +63,13 @@ class MemberLog:
         self.losses.zero_()
         return losses, sum(fresh) / len(fresh)
 
-    def line(self, steps: int, rates: list[float]) -> tuple[dict[str, float], float]:
+    def line(self, steps: int, rates: list[float | None]) -> tuple[dict[str, float], float]:
         """
         *Collective.* A log line, and what is to be added to the sum of this call's losses.
 
         Args:
             steps (`int`): Optimizer steps since the last line.
-            rates (`list[float]`): Each local member's learning rate.
+            rates (`list`): Each local member's learning rate; `None` where there is none.
 
         Returns:
             `tuple[dict, float]`: `loss`, `grad_norm` and `learning_rate` (means over members), `member_<i>_loss`, and

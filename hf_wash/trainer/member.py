@@ -159,34 +159,45 @@ class Member:
     A member of this process, or the soup in a member's place.
 
     Args:
-        index (`int`, *optional*): Its place in the population; `None` for the soup.
+        place (`int`, *optional*): Its index in the population; `None` for the soup.
         model (`nn.Module`): The model.
         args: Its own copy of the Trainer's arguments: its seed, its rates.
         accelerator ([`MemberAccelerator`]): Of its own processes.
+        whole (`nn.Module`): All that learns; the model itself where nothing is built around it.
         train_dataset (*optional*): What it trains on.
         data_collator (`Callable`, *optional*): What makes its batches.
         label_smoother (`Callable`, *optional*): Its loss while training, where labels are smoothed.
         around (`dict[str, Any]`): Attributes of the Trainer that hold the model (modules and dictionaries of them).
-        prepared (`nn.Module`, *optional*): The model as accelerate has prepared it.
-        whole (`nn.Module`, *optional*): All that learns; the model itself where nothing is built around it.
     """
 
-    index: int | None
+    place: int | None
     model: nn.Module
     args: Any
     accelerator: MemberAccelerator
+    whole: nn.Module
     train_dataset: Any = None
     data_collator: Callable | None = None
     label_smoother: Any = None
     around: dict[str, Any] = field(default_factory=dict)
-    prepared: nn.Module | None = None
-    whole: nn.Module | None = None
+    _prepared: nn.Module | None = field(default=None, init=False)
+
+    @property
+    def index(self) -> int:
+        """Its place in the population, which the soup has not."""
+        if self.place is None:
+            raise RuntimeError("The soup is not a member of the population, so it has no index.")
+        return self.place
+
+    @property
+    def prepared(self) -> nn.Module:
+        """The model as accelerate has prepared it; as it is until then."""
+        return self._prepared if self._prepared is not None else self.model
 
     def prepare(self, accelerator: Accelerator) -> nn.Module:
         """The model, prepared once: autocast and compilation, and no DistributedDataParallel."""
-        if self.prepared is None:
-            self.prepared = accelerator.prepare_model(self.model, evaluation_mode=True)
-        return self.prepared
+        if self._prepared is None:
+            self._prepared = accelerator.prepare_model(self.model, evaluation_mode=True)
+        return self._prepared
 
 
 def find_around(trainer: Any, model: nn.Module) -> dict[str, Any]:
@@ -240,7 +251,7 @@ def as_member(trainer: Any, member: Member, training: bool = False) -> Iterator[
     own.update(
         member.around,
         model=member.model,
-        model_wrapped=member.prepared if member.prepared is not None else member.model,
+        model_wrapped=member.prepared,
         args=member.args,
         accelerator=member.accelerator,
         gather_function=partial(

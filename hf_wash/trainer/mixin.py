@@ -3,14 +3,13 @@
 
 Each seam of the [`~transformers.Trainer`] is a few lines here and calls `super()` for each member, or for the soup.
 What takes more is a service that holds no trainer: `member`, `data`, `mixing_run`, `log`, `served_soup`, `evaluation`,
-`checkpoint`, `refusals`. The seams by which members are made (`populating`), the soup is served
-(`serving`), and those of evaluation, checkpoints and publishing have files of their own.
+`checkpoint`, `refusals`. The seams by which members are made (`populating`), the soup is served (`serving`), and those
+of evaluation, checkpoints and publishing have files of their own; what they share is said in `part`.
 """
 
 import atexit
 import functools
 import inspect
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -27,23 +26,21 @@ from transformers.trainer_utils import (
 )
 from transformers.utils import logging
 
-from ..config import ENOUGH_SHUFFLES, LARGEST_FITTED_PROBABILITY
+from ..architecture import describe_architecture
 from ..hub.export import writing_here
 from ..hub.push import LOCAL_MEMBERS
 from ..population import MemberOverrides, copy_member
 from ..population.agreement import (
     check_agreement,
-    describe_architecture,
     weights_digest,
 )
-from . import evaluation, refusals
+from . import refusals
 from .checkpointing import Checkpointing
 from .data import MemberBatches, MemberLoader, MembersLoader, has_labels, hold_out, shard_for_member
 from .evaluating import Evaluating
 from .log import MemberLog
 from .member import (
     LocalMembers,
-    Member,
     as_member,
 )
 from .mixing_run import MixingRun
@@ -109,8 +106,6 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
     ```
     """
 
-    optimizer: Any
-
     # Ways of computing a loss that leave it to the model.
     _losses_of_models: tuple = (Trainer.compute_loss,)
 
@@ -118,7 +113,8 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
 
     def __init__(self, *args, members: list[MemberOverrides] | None = None, **kwargs):
         given = self._arguments_by_name(args, kwargs)
-        config, model = given.get("args"), given.get("model")
+        config: Any = given.get("args")
+        model = given.get("model")
         refusals.refuse_trainer(type(self))
         refusals.refuse_args(config)
         refusals.refuse_settings(config, model)
@@ -130,16 +126,15 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         self.args = config
         self.population = self._empty_population(size)
         self._overrides = members if members is not None else [MemberOverrides() for _ in range(size)]
-        self._members: list[Member] | None = None
+        self._members = None
         self._given_optimizer = (given.get("optimizers") or (None, None))[0] is not None
         self.soup = ServedSoup()
-        self.mixing: MixingRun | None = None
-        self._log: MemberLog | None = None
+        self._mixing = self._member_log = None
         self._line: tuple[dict[str, float], float] | None = None
-        self._beside: evaluation.BesideTheSoup | None = None
+        self._beside = None
         self._trainings = self._total_steps = 0
         self._evaluating = False
-        self._resume: dict[str, Any] | None = None
+        self._resume = None
 
         # Trainer's own just-in-time checkpointing saves at different steps on different processes.
         jit_checkpoint, config.enable_jit_checkpoint = config.enable_jit_checkpoint, False
@@ -300,8 +295,8 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
             )
         finally:
             self.__dict__.pop("get_train_dataloader", None)
-            if self.mixing is not None:
-                self.mixing.release()
+            if self._mixing is not None:
+                self._mixing.release()
             self.population.streams.activate(None)
 
     def _inner_training_loop(self, *args, **kwargs):
@@ -387,13 +382,13 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
                 combined.state.update(self.optimizer.state)
             combined = combined if combined is not None else self.optimizer
         self.optimizer = combined
-        return combined
+        return self.optimizer
 
     def _wrap_model(self, model, training: bool = True, dataloader=None):
         # Trainer prepares what is not wrapped, which means DDP; so autocast and compilation are prepared here.
         if training:
             return LocalMembers([member.prepare(self.accelerator) for member in self.members])
-        known = [*self.members, *([self.soup.member] if self.soup.member is not None else [])]
+        known = [*self.members, *([self.soup.member] if self.soup.is_built else [])]
         return next((m.prepare(self.accelerator) for m in known if m.model is model), model)
 
     def _prepare_for_training(self, *args, **kwargs):
@@ -414,7 +409,8 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
             probability,
             self.args.seed,
         )
-        self._say_what_is_shuffled()
+        if self.is_world_process_zero():
+            self.mixing.say_what_is_shuffled()
         if self.args.enable_jit_checkpoint:
             self.mixing.listen()
         # The exchange is a part of the step, whatever callbacks there are, and happens when fp16's scaler skips it, too.
@@ -431,27 +427,6 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         loader = self._batches.as_dataloader()
         self.callback_handler.train_dataloader = loader
         return model, loader
-
-    def _say_what_is_shuffled(self) -> None:
-        if self.args.mixing != "wash" or self.population.size == 1 or not self.is_world_process_zero():
-            return
-        probability = self.mixing.probability
-        logger.info(f"Shuffling with p = {probability:g}.")
-        mixing_steps = self.args.mixing_steps(self._total_steps)
-        expected = probability * mixing_steps
-        if not probability or expected >= ENOUGH_SHUFFLES:
-            return
-        needed = ENOUGH_SHUFFLES / mixing_steps if mixing_steps else math.inf
-        advice = (
-            f"`shuffle_probability={needed:.2g}` would reach it"
-            if needed <= LARGEST_FITTED_PROBABILITY
-            else f"this run is too short for it, even at {LARGEST_FITTED_PROBABILITY}; train longer"
-        )
-        logger.warning(
-            f"A first-layer weight will be shuffled about {expected:.1f} times in this run of {self._total_steps} "
-            f"steps (p = {probability:g}). Below about {ENOUGH_SHUFFLES} the members are disturbed without being "
-            f"brought together: {advice}."
-        )
 
     def _run_epoch(self, *args, **kwargs):
         if self._resume is not None:
@@ -544,13 +519,13 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         groups = self.optimizer.param_groups
         position = next((i for i, group in enumerate(groups) if group.get("member", index) == index), 0)
         plateau = isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-        known = not plateau and hasattr(self.lr_scheduler, "get_last_lr") and self._log.rates is not None
-        rate = self._log.rates[position] if known else groups[position]["lr"]
+        rates = self._log.rates if not plateau and hasattr(self.lr_scheduler, "get_last_lr") else None
+        rate = rates[position] if rates is not None else groups[position]["lr"]
         return float(rate) if rate is not None else None
 
     def _get_learning_rate(self):
         # Called after the optimizer's step and before the scheduler's: remember all groups' rates, not the first's.
-        if self._log is not None:
+        if self._member_log is not None:
             rates = getattr(self.lr_scheduler, "get_last_lr", lambda: None)()
             self._log.rates = list(rates) if rates is not None else None
         return super()._get_learning_rate()
@@ -620,25 +595,3 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
 
     def _check_export_folder(self) -> None:
         """*Collective.* Find out before training, not at its end, that the soup cannot be written where it should go."""
-
-    # ---- What has been exchanged -----------------------------------------------------------------------------------
-
-    @property
-    def mixer(self):
-        """The run's [`WashMixer`]; `None` before training and for one member."""
-        return self.mixing.mixer if self.mixing is not None else None
-
-    @property
-    def greedy_record(self):
-        """How a greedy soup was chosen, a [`GreedySoupRecord`]."""
-        return self.soup.greedy
-
-    @property
-    def values_moved(self) -> int:
-        """Values that changed owner since the run began, of all members."""
-        return self.mixing.values_moved if self.mixing is not None else 0
-
-    @property
-    def bytes_exchanged(self) -> int:
-        """Bytes of these values."""
-        return self.mixing.bytes_exchanged if self.mixing is not None else 0

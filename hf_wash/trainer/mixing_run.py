@@ -3,6 +3,7 @@
 with it so that all processes stop at one step.
 """
 
+import math
 import signal
 import threading
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..config import PopulationArguments
+from ..config import ENOUGH_SHUFFLES, LARGEST_FITTED_PROBABILITY, PopulationArguments
 from ..mixing import WashMixer
 from ..population import Population
 
@@ -89,6 +90,27 @@ class MixingRun:
                 seed=seed,
                 shuffle_optimizer_state=args.shuffle_optimizer_state,
             )
+
+    def say_what_is_shuffled(self) -> None:
+        """Log the probability, and warn where the run is too short for it."""
+        if self._args.mixing != "wash" or self.mixer is None:
+            return
+        logger.info(f"Shuffling with p = {self.probability:g}.")
+        mixing_steps = self._args.mixing_steps(self._total_steps)
+        expected = self.probability * mixing_steps
+        if not self.probability or expected >= ENOUGH_SHUFFLES:
+            return
+        needed = ENOUGH_SHUFFLES / mixing_steps if mixing_steps else math.inf
+        advice = (
+            f"`shuffle_probability={needed:.2g}` would reach it"
+            if needed <= LARGEST_FITTED_PROBABILITY
+            else f"this run is too short for it, even at {LARGEST_FITTED_PROBABILITY}; train longer"
+        )
+        logger.warning(
+            f"A first-layer weight will be shuffled about {expected:.1f} times in this run of {self._total_steps} "
+            f"steps (p = {self.probability:g}). Below about {ENOUGH_SHUFFLES} the members are disturbed without being "
+            f"brought together: {advice}."
+        )
 
     def mix(self, step: int) -> None:
         """*Collective.* The exchange after optimizer step `step`, counted from 1."""

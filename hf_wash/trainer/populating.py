@@ -7,24 +7,20 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import Trainer, set_seed
+from transformers import set_seed
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import enable_full_determinism
 
-from ..population import MemberOverrides, Population, check_can_be_copied, share_frozen
+from ..population import Population, check_can_be_copied, share_frozen
 from ..population.agreement import check_same_architecture
 from ..population.consensus import ConsensusSample
 from .member import Member, MemberAccelerator, arguments_of_member, around_another, find_around, whole_of
+from .part import Part
 from .served_soup import ServedSoup
 
 
-class Populating(Trainer):
+class Populating(Part):
     """The part of a population's Trainer that makes its members."""
-
-    population: Population
-    soup: ServedSoup
-    _members: list[Member] | None
-    _overrides: list[MemberOverrides]
 
     def _empty_population(self, size: int) -> Population:
         return Population(size, self.args.device, self.args.process_index, self.args.world_size)
@@ -88,9 +84,7 @@ class Populating(Trainer):
                 own = around if model is first else around_another(around, first, model)
                 data_seed = self.args.data_seed + index if self.args.data_seed is not None else None
                 accelerator = MemberAccelerator(self.accelerator, data_seed)
-                self._members.append(
-                    Member(index, model, self.args, accelerator, around=own, whole=whole_of(model, own))
-                )
+                self._members.append(Member(index, model, self.args, accelerator, whole_of(model, own), around=own))
             if around:
                 population.wholes = [member.whole for member in self._members]
             self._consensus_sample = ConsensusSample(population.wholes[0])
@@ -99,7 +93,7 @@ class Populating(Trainer):
 
     def _bring_members_up_to_date(self) -> None:
         """What members take over from the Trainer's arguments and data, which a user may have changed meanwhile."""
-        for member in self._members:
+        for member in self.members:
             overrides = self._overrides[member.index]
             own = {"seed": self.args.seed + member.index}
             if self.args.data_seed is not None:

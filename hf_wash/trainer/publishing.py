@@ -7,7 +7,6 @@ What is in them is `hub`'s work; here is when they are written, and by which pro
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress, logging
@@ -25,12 +24,13 @@ from ..hub.push import (
 )
 from ..hub.record import last_evaluation, write_record
 from . import checkpoint as checkpoints
+from .part import Part
 
 
 logger = logging.get_logger(__name__)
 
 
-class Publishing(Trainer):
+class Publishing(Part):
     """The part of a population's Trainer that speaks to the Hub."""
 
     # The message with which Trainer's `save_model` pushes by itself (5.23).
@@ -108,7 +108,7 @@ class Publishing(Trainer):
         return getattr(self, "_card_options", {})
 
     def _write_card(self, model_folder: str, **options: Any) -> None:
-        config = getattr(self._described_model(), "config", None)
+        config: Any = getattr(self._described_model(), "config", None)
         known = {
             "repo_id": self.hub_model_id,
             "revision": self.args.hub_revision,
@@ -142,7 +142,7 @@ class Publishing(Trainer):
             overrides=self._overrides,
             exchanged=(self.values_moved, self.bytes_exchanged),
             greedy=self.greedy_record,
-            probability=self.mixing.probability if self.mixing is not None else self.args.shuffle_probability,
+            probability=self.mixing.probability if self._mixing is not None else self.args.shuffle_probability,
             ask_hub=ask_hub,
             batch_size=self.get_total_train_batch_size(self.args),
             datasets=(self.train_dataset, self.eval_dataset),

@@ -18,7 +18,6 @@ class ServedSoup:
     The one owner of the soup: its model, how it came about, and whether it is what the Trainer serves.
 
     Attributes:
-        member ([`Member`], *optional*): The soup in a member's place, once it has been built.
         served (`bool`): Whether it is the Trainer's model at the moment, and stays so.
         greedy ([`GreedySoupRecord`], *optional*): How a greedy soup was chosen.
         consensus_distance (`float`): How far the members were from it.
@@ -26,12 +25,24 @@ class ServedSoup:
     """
 
     def __init__(self) -> None:
-        self.member: Member | None = None
+        self._member: Member | None = None
         self.served = False
         self.greedy: GreedySoupRecord | None = None
         self.consensus_distance = math.nan
         self.is_checked = False
         self._key: Any = None
+
+    @property
+    def is_built(self) -> bool:
+        """Whether there is one."""
+        return self._member is not None
+
+    @property
+    def member(self) -> Member:
+        """The soup in a member's place. `RuntimeError` before it has been built."""
+        if self._member is None:
+            raise RuntimeError("The soup has not been built yet.")
+        return self._member
 
     def forget(self) -> None:
         """The members have changed: build it anew when it is next asked for."""
@@ -61,11 +72,11 @@ class ServedSoup:
         Returns:
             [`Member`]: The soup.
         """
-        if key is not None and key == self._key and self.member is not None:
-            return self.member
-        if self.member is None:
-            self.member = make(_copy(population.wholes[0], share_frozen))
-        soup = self.member
+        if key is not None and key == self._key and self._member is not None:
+            return self._member
+        if self._member is None:
+            self._member = make(_copy(population.wholes[0], share_frozen))
+        soup = self._member
         whole = soup.whole
         shared = {name for name, p in whole.named_parameters() if not p.requires_grad} if share_frozen else ()
 

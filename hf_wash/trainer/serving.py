@@ -7,37 +7,25 @@ What a soup is made of is `served_soup`'s and `soup`'s work.
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
-from transformers import Trainer, set_seed
+from transformers import set_seed
 from transformers.trainer_pt_utils import find_batch_size
 
-from ..population import MemberOverrides, Population
 from ..soup import has_batch_norm, recalibrate_batch_norm
 from . import evaluation
 from .data import hold_out
-from .member import Member, MemberAccelerator, as_member
-from .mixing_run import MixingRun
-from .served_soup import ServedSoup
+from .member import Member, MemberAccelerator, Whole, as_member
+from .part import Part
 
 
 # Seeds of what is drawn outside of the members' streams: far from those of members, `seed + k`.
 RECALIBRATION_SEED_OFFSET, HOLDOUT_SEED_OFFSET = 1_000_003, 1_000_033
 
 
-class Serving(Trainer):
+class Serving(Part):
     """The part of a population's Trainer that builds and serves its soup."""
-
-    population: Population
-    soup: ServedSoup
-    mixing: MixingRun | None
-    _overrides: list[MemberOverrides]
-
-    if TYPE_CHECKING:
-
-        @property
-        def members(self) -> list[Member]: ...
 
     @contextlib.contextmanager
     def _as_soup(self) -> Iterator[None]:
@@ -58,8 +46,8 @@ class Serving(Trainer):
         self.soup.served = True
 
     def _build_soup(self) -> Member:
-        if self.mixing is not None:
-            self.mixing.synchronize()
+        if self._mixing is not None:
+            self._mixing.synchronize()
         _ = self.members  # made while the Trainer's model is still the first member
         key = (self._trainings, self.state.global_step) if self.is_in_train else None
         with self.population.streams.use(None):
@@ -74,12 +62,14 @@ class Serving(Trainer):
 
     def _in_a_members_place(self, whole: nn.Module) -> Member:
         first = self.members[0]
-        model = whole.model if first.around else whole
-        around = {
-            name: whole.around[name] if isinstance(value, nn.Module) else {k: whole.around[k] for k in value}
-            for name, value in first.around.items()
-        }
-        soup = Member(None, model, self.args, MemberAccelerator(self.accelerator), around=around, whole=whole)
+        model, around = whole, {}
+        if isinstance(whole, Whole):
+            model = whole.model
+            around = {
+                name: whole.around[name] if isinstance(value, nn.Module) else {k: whole.around[k] for k in value}
+                for name, value in first.around.items()
+            }
+        soup = Member(None, model, self.args, MemberAccelerator(self.accelerator), whole, around=around)
         soup.prepare(self.accelerator)
         return soup
 

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).parent / "disagreement_run.py"
 EXPECTED = {
     "division": "A population of 3 does not divide among 2 processes",
-    "architecture": "member 1 differs from 0: `vit.embeddings.cls_token` has shape (1, 1, 32) instead of (1, 1, 16)",
+    "architecture": "'vit.embeddings.cls_token' has shape (1, 1, 32) in member 1 and (1, 1, 16) in member 0",
     "option": "option learning_rate: '0.001' against '0.002'",
     "steps": "different numbers of batches an epoch (member 0: 21, member 1: 15)",
     "weights": "initial weights: '",

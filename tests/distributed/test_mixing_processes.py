@@ -128,9 +128,9 @@ def test_processes_that_disagree_all_stop(answers, kind, processes):
     [
         (
             "shape",
-            "Member 1 does not have the architecture of member 0: it has the parameter '1.weight' with shape (4, 3)",
+            "Member 1 does not have the architecture of member 0: '1.weight' has shape (4, 3) in member 1",
         ),
-        ("dtype", "Member 1 does not have the architecture of member 0: it has the parameter '0.weight'"),
+        ("dtype", "Member 1 does not have the architecture of member 0: '0.weight' has dtype torch."),
         ("number", "number of members: process 0 has 1 and process 1 2"),
         ("probability", "probability: process 0 has 0.1 and process 1 0.2"),
         ("schedule", "schedule: process 0 has 'increasing' and process 1 'constant'"),

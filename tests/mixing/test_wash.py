@@ -1,15 +1,8 @@
 """The shuffle in one process: what it preserves, what real models bring, and what it refuses."""
 
 import copy
-import gc
 import itertools
-import os
-import random
-import signal
-import threading
-import time
 import tracemalloc
-import weakref
 
 import numpy as np
 import pytest
@@ -17,36 +10,12 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_members import linears, population, snapshot, step_all
 from torch import nn
 
 from hf_wash.mixing import ContagionError, MixStats, WashMixer, expected_values_moved
 from hf_wash.mixing import wash as wash_module
 from hf_wash.mixing.exchange import DeviceShipment
-
-
-def population(make, num_members):
-    members = []
-    for member in range(num_members):
-        torch.manual_seed(member)
-        members.append(make())
-    return members
-
-
-def linears(num_members, *sizes):
-    return population(lambda: nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))), num_members)
-
-
-def snapshot(members):
-    """Every parameter of every member, of shape `(num_members, numel)`, in logical order."""
-    return torch.stack([torch.cat([p.detach().double().flatten() for p in m.parameters()]) for m in members])
-
-
-def step_all(members, optimizers, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for member, optimizer in zip(members, optimizers, strict=True):
-        for parameter in member.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-        optimizer.step()
 
 
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -285,148 +254,6 @@ def test_values_travel_bit_for_bit():
     assert (signs == 1).all()
 
 
-# --- the optimizer's state
-
-
-OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
-    "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
-    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
-    "amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
-    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
-    "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
-}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_state_moves_with_its_weight(name):
-    members = linears(3, 12, 12)
-    for member in members:
-        member.scale = nn.Parameter(torch.randn(()))
-    optimizers = [OPTIMIZERS[name](member.parameters()) for member in members]
-    mixer = WashMixer(members, optimizers, probability=1.0, schedule="constant", shuffle_optimizer_state=True)
-    for step in range(3):
-        step_all(members, optimizers, step)
-        # Each weight is marked with its owner, its state alike: after the shuffle the marks have to agree.
-        before = [
-            {
-                (number, key): value.clone()
-                for number, p in enumerate(member.parameters())
-                for key, value in optimizer.state[p].items()
-            }
-            for member, optimizer in zip(members, optimizers, strict=True)
-        ]
-        weights = [[p.detach().clone() for p in member.parameters()] for member in members]
-        mixer.mix(step)
-        slots = 0
-        for number in range(3):
-            old = torch.stack([w[number] for w in weights])
-            new = torch.stack([list(m.parameters())[number].detach() for m in members])
-            source = (new[:, None] == old[None]).int().argmax(dim=1)
-            for key in optimizers[0].state[next(iter(members[0].parameters()))]:
-                states = [o.state[list(m.parameters())[number]][key] for m, o in zip(members, optimizers, strict=True)]
-                olds = torch.stack([state[number, key] for state in before])
-                if key in ("step", "mu_product"):
-                    assert torch.equal(torch.stack(states), olds), "a counter moved"
-                else:
-                    slots += 1
-                    assert torch.equal(torch.stack(states), olds.gather(0, source)), (key, number)
-        assert slots >= 3
-
-
-def test_one_optimizer_may_hold_all_members():
-    def run(single):
-        members = linears(3, 20, 20)
-        if single:
-            groups = [{"params": list(m.parameters()), "lr": 0.01 * (1 + k)} for k, m in enumerate(members)]
-            optimizer = torch.optim.AdamW(groups)
-            optimizers, step = optimizer, optimizer.step
-        else:
-            optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01 * (1 + k)) for k, m in enumerate(members)]
-
-            def step():
-                for optimizer in optimizers:
-                    optimizer.step()
-
-        mixer = WashMixer(members, optimizers, probability=0.3, shuffle_optimizer_state=True)
-        generator = torch.Generator().manual_seed(0)
-        for number in range(4):
-            for parameter in itertools.chain(*(m.parameters() for m in members)):
-                parameter.grad = torch.randn(parameter.shape, generator=generator)
-            step()
-            stats = mixer.mix(number)
-        return snapshot(members), stats
-
-    (one, one_stats), (several, several_stats) = run(True), run(False)
-    assert torch.equal(one, several)
-    assert one_stats == several_stats
-
-
-def test_the_state_doubles_or_triples_what_moves():
-    counts = {}
-    for name in ("none", "sgd", "adamw"):
-        members = linears(2, 50, 50)
-        optimizers = [OPTIMIZERS[name if name != "none" else "sgd"](m.parameters()) for m in members]
-        mixer = WashMixer(members, optimizers, probability=0.2, shuffle_optimizer_state=name != "none")
-        step_all(members, optimizers, 0)
-        counts[name] = mixer.mix(0).bytes_exchanged
-    assert counts["sgd"] == 2 * counts["none"] > 0
-    assert counts["adamw"] == 3 * counts["none"]
-
-
-@pytest.mark.parametrize("late", [0, 1])
-def test_a_parameter_without_gradient_waits_until_all_members_have_its_state(late):
-    members = linears(2, 30, 30)
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in members]
-    mixer = WashMixer(members, optimizers, probability=1.0, shuffle_optimizer_state=True)
-    weight, other = members[late][0].weight, 1 - late
-    for step, expected in enumerate([1, 3]):
-        for index, (member, optimizer) in enumerate(zip(members, optimizers, strict=True)):
-            for parameter in member.parameters():
-                parameter.grad = torch.randn_like(parameter)
-            if step == 0 and index == late:
-                weight.grad = None
-            optimizer.step()
-        moment = optimizers[other].state[members[other][0].weight]["exp_avg"].clone()
-        before = snapshot(members)
-        stats = mixer.mix(step)
-        weights_moved = int((snapshot(members) != before)[:, :900].sum())
-        bias_moved = int((snapshot(members) != before)[:, 900:].sum())
-        assert stats.values_moved == expected * weights_moved + 3 * bias_moved
-        stayed = torch.equal(optimizers[other].state[members[other][0].weight]["exp_avg"], moment)
-        assert stayed == (step == 0)
-        if step == 0:
-            assert weight not in optimizers[late].state, "a state was made up"
-
-
-def test_a_loaded_state_is_found():
-    members = linears(2, 30, 30)
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in members]
-    mixer = WashMixer(members, optimizers, probability=1.0, shuffle_optimizer_state=True)
-    step_all(members, optimizers, 0)
-    mixer.mix(0)
-    for optimizer in optimizers:
-        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    states = [o.state[m[0].weight]["exp_avg"] for m, o in zip(members, optimizers, strict=True)]
-    before = torch.stack(states)
-    mixer.mix(1)
-    assert not torch.equal(torch.stack(states), before)
-    assert torch.equal(torch.stack(states).sort(dim=0).values, before.sort(dim=0).values)
-
-
-def test_an_optimizer_prepared_by_accelerate_serves():
-    accelerate = pytest.importorskip("accelerate")
-    members = linears(2, 30, 30)
-    optimizers = [
-        accelerate.Accelerator(cpu=True).prepare_optimizer(OPTIMIZERS["adamw"](m.parameters())) for m in members
-    ]
-    mixer = WashMixer(members, optimizers, probability=0.5, shuffle_optimizer_state=True)
-    plain = WashMixer(linears(2, 30, 30), probability=0.5)
-    step_all(members, optimizers, 0)
-    assert mixer.mix(0).values_moved == 3 * plain.mix(0).values_moved
-
-
 # --- the firewall
 
 
@@ -501,100 +328,6 @@ def test_a_whole_shuffle_of_a_large_model_takes_little_memory():
     assert moved > 40_000
     # It sees NumPy's arrays and Python's objects, which is all that a shuffle on a CPU makes.
     assert 100_000 < peak < 0.02 * size
-
-
-# --- the plan of the next step
-
-
-def test_plans_drawn_ahead_leave_the_random_states_alone():
-    members = linears(3, 30, 30)
-    torch.manual_seed(0)
-    np.random.seed(0)
-    random.seed(0)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in members]
-    mixer = WashMixer(members, optimizers, probability=0.5, shuffle_optimizer_state=True)
-    for step in range(3):
-        mixer.mix(step)
-    assert torch.equal(before[0], torch.get_rng_state())
-    assert (before[1] == np.random.get_state()[1]).all()
-    assert before[2] == random.getstate()
-
-
-def test_the_next_plan_is_drawn_while_the_caller_computes(monkeypatch):
-    members = linears(3, 30, 30)
-    mixer = WashMixer(members, probability=0.5)
-    drawn = []
-    original = wash_module.Planner.draw
-
-    def draw(self, step):
-        drawn.append((step, threading.current_thread() is threading.main_thread()))
-        return original(self, step)
-
-    monkeypatch.setattr(wash_module.Planner, "draw", draw)
-    for step in (0, 5, 10, 15):
-        mixer.mix(step)
-        mixer._ahead[1].result()
-    # The interval is known from the second call on.
-    assert drawn == [(0, True), (1, False), (5, True), (10, False), (15, False), (20, False)]
-
-
-def test_an_error_of_the_thread_that_draws_reaches_the_caller(monkeypatch):
-    members = linears(2, 30, 30)
-    mixer = WashMixer(members, probability=0.5)
-    original = wash_module.Planner.draw
-
-    def draw(self, step):
-        if step == 1:
-            raise MemoryError("no room for this plan")
-        return original(self, step)
-
-    monkeypatch.setattr(wash_module.Planner, "draw", draw)
-    mixer.mix(0)
-    before = snapshot(members)
-    with pytest.raises(MemoryError, match="no room for this plan"):
-        mixer.mix(1)
-    assert torch.equal(before, snapshot(members))
-    # Once is enough: what was wrong for a moment is drawn anew. And the thread lives on.
-    monkeypatch.setattr(wash_module.Planner, "draw", original)
-    mixer.mix(1)
-    assert not torch.equal(before, snapshot(members))
-    mixer.prepare(2)
-    mixer.mix(2)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_process_draws_its_own_plans():
-    members = linears(2, 30, 30)
-    mixer = WashMixer(members, probability=0.5)
-    mixer.mix(0)
-    mixer.prepare(1)
-    child = os.fork()
-    if child == 0:
-        # The thread is not there. An alarm ends the process if it is waited for.
-        signal.alarm(20)
-        try:
-            mixer.mix(1)
-            mixer.mix(2)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
-
-
-def test_a_mixer_that_is_dropped_leaves_no_thread_and_no_member_behind():
-    members = linears(2, 30, 30)
-    mixer = WashMixer(members, probability=0.5)
-    mixer.mix(0)
-    gone = weakref.ref(members[0])
-    del mixer, members
-    gc.collect()
-    deadline = time.monotonic() + 10
-    while any(t.name.startswith("hf_wash") for t in threading.enumerate()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not [t for t in threading.enumerate() if t.name.startswith("hf_wash")]
-    assert gone() is None
 
 
 # --- other devices: the same algorithm with torch alone, run here on a CPU
@@ -675,20 +408,22 @@ def test_a_probability_or_schedule_that_is_none_is_refused():
 def test_members_that_differ_are_refused_by_name():
     reference = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     other_shape = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 4))
-    with pytest.raises(ValueError, match=r"Member 1 .*'1\.weight' with shape \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"Member 1 .*'1\.weight' has shape \(4, 3\)"):
         WashMixer([reference, other_shape])
-    with pytest.raises(ValueError, match=r"Member 1 .*'0\.weight' with .*float64"):
+    with pytest.raises(ValueError, match=r"Member 1 .*'0\.weight' has dtype .*float64"):
         WashMixer([reference, copy.deepcopy(reference).double()])
-    with pytest.raises(ValueError, match=r"Member 2 .*lacks the parameter '1\.weight'"):
+    with pytest.raises(ValueError, match=r"Member 2 .*'1\.weight' is missing in member 2"):
         WashMixer([reference, copy.deepcopy(reference), nn.Sequential(nn.Linear(3, 3))])
     renamed = nn.Sequential()
     renamed.add_module("0", nn.Linear(3, 3))
     renamed.add_module("head", nn.Linear(3, 3))
-    with pytest.raises(ValueError, match=r"Member 1 .*'head\.weight' where the other has '1\.weight'"):
+    with pytest.raises(
+        ValueError, match=r"Member 1 .*'head\.weight' of member 1 stands where member 0 has '1\.weight'"
+    ):
         WashMixer([reference, renamed])
     frozen = copy.deepcopy(reference)
     frozen[1].bias.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"Member 1 .*'1\.bias' with .*frozen"):
+    with pytest.raises(ValueError, match=r"Member 1 .*'1\.bias' has requires_grad False in member 1"):
         WashMixer([reference, frozen])
 
 
@@ -733,50 +468,6 @@ def test_a_parameter_whose_elements_share_memory_is_refused():
 
     with pytest.raises(ValueError, match=r"'scale' of member 0 share memory"):
         WashMixer([make(), make()])
-
-
-def test_an_optimizer_of_something_else_is_refused():
-    members = linears(2, 3, 3)
-    optimizers = [
-        torch.optim.SGD(members[0].parameters(), lr=0.1),
-        torch.optim.SGD(linears(1, 3, 3)[0].parameters(), lr=0.1),
-    ]
-    for shuffle_optimizer_state in (False, True):
-        with pytest.raises(ValueError, match=r"'0\.weight' of member 1"):
-            WashMixer(members, optimizers, shuffle_optimizer_state=shuffle_optimizer_state)
-    with pytest.raises(ValueError, match="none were given"):
-        WashMixer(members, shuffle_optimizer_state=True)
-
-
-def test_an_optimizer_whose_state_has_another_shape_is_refused_by_name():
-    members = linears(2, 3, 3)
-    optimizers = [torch.optim.Adafactor(m.parameters()) for m in members]
-    with pytest.raises(ValueError, match="Adafactor keeps"):
-        WashMixer(members, optimizers, shuffle_optimizer_state=True)
-    WashMixer(members, optimizers)  # without its state it serves
-
-
-def test_a_state_that_is_only_found_out_later_is_refused_before_anything_moves():
-    class Peculiar(torch.optim.SGD):
-        def __init__(self, params, lr):
-            params = list(params)
-            if len(params) < 2:
-                raise TypeError("cannot be tried out on a parameter of its own")
-            super().__init__(params, lr=lr)
-
-        def step(self):
-            super().step()
-            for parameter in self.param_groups[0]["params"]:
-                self.state[parameter]["history"] = [0.0]
-
-    members = linears(2, 3, 3)
-    optimizers = [Peculiar(m.parameters(), lr=0.1) for m in members]
-    mixer = WashMixer(members, optimizers, probability=1.0, shuffle_optimizer_state=True)
-    step_all(members, optimizers, 0)
-    before = snapshot(members)
-    with pytest.raises(ValueError, match=r"Peculiar keeps 'history' for the parameter '0\.weight' as a list"):
-        mixer.mix(0)
-    assert torch.equal(before, snapshot(members))
 
 
 @pytest.mark.parametrize("step", [-1, 0.5, 2**63, None, True])

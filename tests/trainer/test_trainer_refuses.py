@@ -87,7 +87,9 @@ def test_overrides_for_another_number_of_members(tmp_path):
 
 def test_members_of_different_architectures(tmp_path):
     made = iter([vit(), vit(), vit(hidden_size=32), vit()])
-    with pytest.raises(ValueError, match=r"member 2 differs from 0: `vit.*` has shape .*32.* instead of .*16"):
+    with pytest.raises(
+        ValueError, match=r"Member 2 does not have.* member 0: 'vit.*' has shape .*32.* in member 2 and .*16"
+    ):
         population(tmp_path, same_init=False, trainer={"model_init": lambda: next(made)})
 
 
@@ -130,7 +132,7 @@ def test_resuming_from_nothing(tmp_path):
 
 def test_a_run_too_short_for_its_probability_is_warned_about(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_wash.trainer.mixin.logger.warning", said.append)
+    monkeypatch.setattr("hf_wash.trainer.mixing_run.logger.warning", said.append)
     population(tmp_path, shuffle_probability=0.5, max_steps=10, shuffle_stop=0.8, eval_strategy="no").train()
     (warning,) = (text for text in said if "first-layer weight" in text)
     assert "about 4.0 times" in warning and f"Below about {ENOUGH_SHUFFLES}" in warning and "train longer" in warning

@@ -1,0 +1,512 @@
+"""
+The peers that average: at some steps members are replaced by, or pulled towards, a mean over all of them.
+
+[`AveragingMixer`] is the exchange that they have in common: one bucket that travels in one collective. What each method
+adds is below: when, of what, and what becomes of the mean. Steps are counted from 1, as optimizer steps taken.
+"""
+
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .agreement import agree, architecture, check_members, processes
+from .outcome import ContagionError, MixStats, PlanMismatchError
+from .schedule import check_probability
+
+
+# At the head of a bucket: a check number of the step, its square, and how many processes want to stop. Four values, so
+# that what follows stays aligned.
+HEADER = 4
+# Steps are compared by their remainder, small enough that sums of squares over any number of processes are exact.
+_REMAINDER = 257
+_OTHER_STEPS = (
+    "The processes came to this exchange with different steps, and this process with step {step}. Every process has to "
+    "call mix() once after every step. Nothing was written into any member."
+)
+
+
+def check_steps(value: Any, what: str, least: int = 1) -> int:
+    """
+    A number of steps, or why it is none.
+
+    Raises:
+        ValueError: when `value` is not a whole number of at least `least`; `what` names it.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{what} must be a whole number of steps of at least {least}, and is {value!r}.")
+    return value
+
+
+class AveragingMixer:
+    """
+    A mixer whose exchange is a mean over all members of some of their values.
+
+    All values of an exchange travel in one bucket of one dtype (float32, or float64 where a tensor is), in one
+    all-reduce; the mean is accumulated there, so that half-precision members lose nothing by it. A step without an
+    exchange sends nothing. The result does not depend on how members are dealt to processes, up to rounding.
+
+    A method says when ([`AveragingMixer.is_due`]), of what (`_read`), and what becomes of the mean (`_apply`).
+
+    Args:
+        members (`torch.nn.Module` or `list[torch.nn.Module]`):
+            The members that this process hosts. Process r of W hosts members r·n to (r + 1)·n − 1, where n is the
+            length of the list, the same on every process.
+        options (`dict`, *optional*):
+            What all processes have to agree on beside the members.
+        buffers (`bool`, *optional*, defaults to `False`):
+            Whether floating-point buffers (BatchNorm's statistics) are averaged, too.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            The processes that host the population. `None`: all processes if `torch.distributed` is initialised, else
+            this one.
+
+    Raises:
+        ValueError: on every process, for members or options that differ, or that cannot be averaged.
+    """
+
+    def __init__(
+        self,
+        members: nn.Module | Sequence[nn.Module],
+        options: dict[str, Any] | None = None,
+        *,
+        buffers: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ):
+        members = [members] if isinstance(members, nn.Module) else list(members)
+        self._group, rank, self._num_processes = processes(process_group)
+        self._members = range(rank * len(members), (rank + 1) * len(members))
+        self._num_members = self._num_processes * len(members)
+        error, description = None, {}
+        try:
+            parameters = check_members(members, self._members)
+            self._check()
+            description = {
+                "architecture": architecture(members[0]), "number of members": len(members),
+                "method": type(self).__name__, **(options or {}),
+            }  # fmt: skip
+        except ValueError as found:
+            error = str(found)
+        if self._group is not None:
+            error, _ = agree(self._group, error, description, ())
+        if error is not None:
+            raise ValueError(error)
+        self._tensors: list[list[torch.Tensor]] = [list(own.values()) for own in parameters]
+        if buffers:
+            for own, member in zip(self._tensors, members, strict=True):
+                own += [buffer for buffer in member.buffers() if buffer.is_floating_point()]
+        self._device = self._tensors[0][0].device
+        wide = any(tensor.dtype == torch.float64 for tensor in self._tensors[0])
+        self._dtype = torch.float64 if wide else torch.float32
+        self._room = torch.empty(0, dtype=self._dtype, device=self._device)
+        self._stop_wanted = False
+
+    # ---- What a method is ------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Raise a `ValueError` for options that cannot be."""
+
+    def is_due(self, step: int) -> bool:
+        """
+        Whether members exchange after a step.
+
+        Args:
+            step (`int`): The number of optimizer steps taken, from 1.
+        """
+        raise NotImplementedError
+
+    def _read(self, step: int) -> list[list[torch.Tensor]]:
+        """For each local member, the tensors that are averaged."""
+        return self._tensors
+
+    def _padding(self, size: int) -> int:
+        """Values that a bucket of `size` values is filled up with."""
+        return 0
+
+    def _apply(self, sums: list[torch.Tensor], step: int) -> None:
+        """Write into the members what follows from the sums over all members, one for each tensor that was read."""
+        for own in self._tensors:
+            for tensor, total in zip(own, sums, strict=True):
+                if tensor.dtype == total.dtype:
+                    torch.div(total, self._num_members, out=tensor)  # one pass over the memory
+                else:
+                    tensor.copy_(total / self._num_members)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run has to keep beside its members to go on: tensors and numbers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Take up what [`AveragingMixer.state_dict`] gave.
+
+        Raises:
+            ValueError: for the state of another method.
+        """
+        if set(state) != set(self.state_dict()):
+            raise ValueError(
+                f"The state of {type(self).__name__} has {sorted(self.state_dict()) or 'no entries'}, and this one has "
+                f"{sorted(state)}: it is another method's."
+            )
+
+    # ---- The exchange ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def mix(self, step: int, *, shuffle: bool = True, stop_requested: bool = False) -> MixStats:
+        """
+        To be called on every process after every optimizer step, and after the scheduler's.
+
+        Args:
+            step (`int`):
+                The number of optimizer steps taken, from 1.
+            shuffle (`bool`, *optional*, defaults to `True`):
+                With `False` nothing is exchanged, whatever is due. The same on every process.
+            stop_requested (`bool`, *optional*, defaults to `False`):
+                Whether this process wants all to stop. It travels with the next exchange.
+
+        Returns:
+            [`MixStats`]: What was exchanged, and whether any process asked for a stop, the same on every process.
+
+        Raises:
+            ContagionError: on every process, when a member is NaN or infinite. No member has changed.
+            PlanMismatchError: on every process, when they came with different steps. No member has changed.
+            ValueError: when the step is no such integer.
+        """
+        check_steps(step, "step")
+        self._stop_wanted = stop = self._stop_wanted or bool(stop_requested)
+        if self._num_members == 1 or not shuffle or not self.is_due(step):
+            return MixStats(0, 0, 0, False, stop and self._group is None, 0, 0, 0.0)
+        return self._exchange(step, stop)
+
+    def _exchange(self, step: int, stop: bool) -> MixStats:
+        columns = self._read(step)
+        bucket, sums = self._sum(columns, step, stop)
+        waited = 0.0
+        if self._group is not None:
+            began = time.perf_counter()
+            dist.all_reduce(bucket, group=self._group)
+            waited = time.perf_counter() - began
+        stop = self._judge(bucket, columns, step)
+        self._apply(sums, step)
+        # What a ring sends: each process all but its own part, once to add up and once to hand out.
+        sent = 2 * (self._num_processes - 1) * bucket.nbytes // self._num_processes
+        return self._stats(columns, sent, stop, waited)
+
+    # Whether an exchange leaves members with the mean of whole models.
+    _averages = True
+
+    def _stats(self, columns: list[list[torch.Tensor]], sent: int, stop: bool, waited: float) -> MixStats:
+        values = sum(tensor.numel() for own in columns for tensor in own)
+        size = sum(tensor.numel() * tensor.element_size() for own in columns for tensor in own)
+        everywhere = values * self._num_processes, size * self._num_processes
+        return MixStats(values, size, sent, self._averages, stop, *everywhere, waited)
+
+    def _sum(
+        self, columns: list[list[torch.Tensor]], step: int, stop: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The sum over local members in a bucket, behind its header, and the bucket's views of each tensor."""
+        sizes = [tensor.numel() for tensor in columns[0]]
+        padding = self._padding(sum(sizes))
+        length = HEADER + sum(sizes) + padding
+        if self._room.numel() < length:
+            self._room = torch.empty(length, dtype=self._dtype, device=self._device)
+        bucket = self._room[:length]
+        bucket[length - padding :] = 0
+        check = step % _REMAINDER
+        bucket[:HEADER] = torch.tensor([check, check * check, stop, 0], dtype=self._dtype)
+        parts = bucket[HEADER : length - padding].split(sizes)
+        sums = [part.view(tensor.shape) for part, tensor in zip(parts, columns[0], strict=True)]
+        torch._foreach_copy_(sums, columns[0])
+        for own in columns[1:]:
+            torch._foreach_add_(sums, [tensor.to(self._dtype) for tensor in own])
+        return bucket, sums
+
+    def _judge(self, bucket: torch.Tensor, columns: list[list[torch.Tensor]], step: int) -> bool:
+        """Raises what a summed bucket gives reason for. Returns whether any process wants to stop."""
+        check, squares, stop, rest = torch.cat([bucket[: HEADER - 1], bucket.sum()[None]]).tolist()
+        if check * check != squares * self._num_processes:
+            raise PlanMismatchError(_OTHER_STEPS.format(step=step))
+        if not math.isfinite(rest):
+            # Any NaN or infinity shows in the sum.
+            own = [all(bool(tensor.isfinite().all()) for tensor in column) for column in columns]
+            found: list = [own]
+            if self._group is not None:
+                found = [None] * self._num_processes
+                dist.all_gather_object(found, own, group=self._group)
+            bad = [index for index, fine in enumerate(fine for part in found for fine in part) if not fine]
+            raise ContagionError(bad or range(self._num_members), step)
+        self._stop_wanted = bool(stop)
+        return bool(stop)
+
+
+class PeriodicAverageMixer(AveragingMixer):
+    """
+    All members become their mean, every so many steps.
+
+    With the members' parameters alone, from the first interval on, it is local SGD (McMahan et al. 2017,
+    https://huggingface.co/papers/1602.05629), and DART's way of averaging (Jain et al. 2023,
+    https://huggingface.co/papers/2302.14685), whose members differ by their augmentations. With `buffers=True`,
+    `interval` 5 epochs and `first` 1 epoch it is the averaging of PAPA-all (Jolicoeur-Martineau et al. 2023,
+    https://huggingface.co/papers/2304.03094), which rescales the activations of the averaged model afterwards
+    (REPAIR): that is the caller's, told by `MixStats.averaged`. Optimizer states stay.
+
+    Args:
+        members (`torch.nn.Module` or `list[torch.nn.Module]`):
+            As in [`AveragingMixer`].
+        interval (`int`):
+            Steps between two averagings.
+        first (`int`, *optional*):
+            The step of the first averaging. Defaults to `interval`.
+        last (`int`, *optional*):
+            The last step after which members may be averaged. `None`: there is none.
+        buffers (`bool`, *optional*, defaults to `False`):
+            Whether floating-point buffers are averaged, too.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            As in [`AveragingMixer`].
+
+    Raises:
+        ValueError: as [`AveragingMixer`], and for steps that are no positive whole numbers.
+
+    Example:
+
+    ```python
+    import torch
+    from hf_wash.mixing import PeriodicAverageMixer
+
+    members = [torch.nn.Linear(10, 2) for _ in range(3)]
+    mixer = PeriodicAverageMixer(members, interval=20)
+    for step in range(1, 101):
+        ...  # a step of each member's optimizer
+        mixer.mix(step)
+    ```
+    """
+
+    def __init__(
+        self,
+        members: nn.Module | Sequence[nn.Module],
+        *,
+        interval: int,
+        first: int | None = None,
+        last: int | None = None,
+        buffers: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ):
+        self.interval, self.first, self.last = interval, first, last
+        options = {"interval": interval, "first": first, "last": last, "buffers": buffers}
+        super().__init__(members, options, buffers=buffers, process_group=process_group)
+
+    def _check(self) -> None:
+        check_steps(self.interval, "interval")
+        for name in ("first", "last"):
+            if getattr(self, name) is not None:
+                check_steps(getattr(self, name), name)
+
+    def is_due(self, step: int) -> bool:
+        """Whether members are averaged after a step, counted from 1."""
+        first = self.interval if self.first is None else self.first
+        past_end = self.last is not None and step > self.last
+        return step >= first and not past_end and (step - first) % self.interval == 0
+
+
+class PairAverageMixer(PeriodicAverageMixer):
+    """
+    Each member becomes the mean of two random members, every so many steps: PAPA-2 (Jolicoeur-Martineau et al. 2023,
+    https://huggingface.co/papers/2304.03094, section 3).
+
+    For each child a pair of different members is drawn, uniformly among all pairs, from (seed, step), the same on every
+    process. (The published code draws among the first N pairs in lexicographic order only, so that of five children
+    four have member 0 as a parent.) A process gets the parents that it needs, each once, and no others.
+
+    Args:
+        members (`torch.nn.Module` or `list[torch.nn.Module]`):
+            As in [`AveragingMixer`].
+        interval (`int`), first (`int`, *optional*), last (`int`, *optional*):
+            As in [`PeriodicAverageMixer`].
+        seed (`int`, *optional*, defaults to 0):
+            Of the pairs.
+        buffers (`bool`, *optional*, defaults to `True`):
+            Whether floating-point buffers are averaged, too.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            As in [`AveragingMixer`].
+
+    Raises:
+        ValueError: as [`PeriodicAverageMixer`].
+    """
+
+    def __init__(
+        self,
+        members: nn.Module | Sequence[nn.Module],
+        *,
+        interval: int,
+        first: int | None = None,
+        last: int | None = None,
+        seed: int = 0,
+        buffers: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+    ):
+        self.seed = seed
+        super().__init__(
+            members, interval=interval, first=first, last=last, buffers=buffers, process_group=process_group
+        )
+
+    def pairs(self, step: int) -> list[tuple[int, int]]:
+        """The parents of each member, a pair of different ones for each of the N."""
+        every = list(itertools.combinations(range(self._num_members), 2))
+        words = (hashlib.sha256(f"{self.seed} {step} {child}".encode()).digest() for child in range(self._num_members))
+        return [every[int.from_bytes(word, "big") % len(every)] for word in words]
+
+    def _exchange(self, step: int, stop: bool) -> MixStats:
+        num_local, length = len(self._members), sum(tensor.numel() for tensor in self._tensors[0])
+        pairs, rank = self.pairs(step), self._members.start // num_local
+        needed = [
+            sorted({parent for pair in pairs[first : first + num_local] for parent in pair})
+            for first in range(0, self._num_members, num_local)
+        ]
+        sizes = [tensor.numel() for tensor in self._tensors[0]]
+        # The members as they were, own ones first and then those that come; kept, since new memory costs more than a copy.
+        coming = [parent for parent in needed[rank] if parent not in self._members]
+        rows = [*self._members, *coming]
+        if self._room.numel() < len(rows) * length:
+            self._room = torch.empty(len(rows) * length, dtype=self._dtype, device=self._device)
+        room = self._room[: len(rows) * length].view(len(rows), length)
+        for row, own in zip(room, self._tensors, strict=False):
+            torch._foreach_copy_([part.view_as(t) for part, t in zip(row.split(sizes), own, strict=True)], own)
+        flat = dict(zip(rows, room, strict=True))
+        stop = self._judge_all([bool(row.sum().isfinite()) for row in room[:num_local]], step, stop)
+        sent, waited = 0, 0.0
+        if self._group is not None:
+            leaving = [
+                [parent for parent in parents if parent in self._members and process != rank]
+                for process, parents in enumerate(needed)
+            ]
+            rows_out = [flat[parent] for parents in leaving for parent in parents]
+            outgoing = rows_out[0] if len(rows_out) == 1 else torch.cat([*rows_out, room.new_empty(0)])
+            senders = [parent // num_local for parent in coming]
+            began = time.perf_counter()
+            dist.all_to_all_single(
+                room[num_local:].view(-1),
+                outgoing,
+                [length * senders.count(process) for process in range(self._num_processes)],
+                [length * len(parents) for parents in leaving],
+                group=self._group,
+            )
+            waited = time.perf_counter() - began
+            sent = outgoing.nbytes
+        for index, own in zip(self._members, self._tensors, strict=True):
+            parents = (flat[parent].split(sizes) for parent in pairs[index])
+            for tensor, one, other in zip(own, *parents, strict=True):
+                if tensor.dtype == self._dtype:
+                    torch.lerp(one.view_as(tensor), other.view_as(tensor), 0.5, out=tensor)
+                else:
+                    tensor.copy_(one.view_as(tensor).lerp(other.view_as(tensor), 0.5))
+        return self._stats(self._tensors, sent, stop, waited)
+
+    def _judge_all(self, fine: list[bool], step: int, stop: bool) -> bool:
+        """Raises what any process gives reason for, before anything travels. Returns whether any wants to stop."""
+        said: list = [(step, stop, fine)]
+        if self._group is not None:
+            said = [None] * self._num_processes
+            dist.all_gather_object(said, (step, stop, fine), group=self._group)
+        if any(other != step for other, _, _ in said):
+            raise PlanMismatchError(_OTHER_STEPS.format(step=step))
+        bad = [index for index, well in enumerate(well for *_, part in said for well in part) if not well]
+        if bad:
+            raise ContagionError(bad, step)
+        self._stop_wanted = any(wants for _, wants, _ in said)
+        return self._stop_wanted
+
+
+class PapaMixer(AveragingMixer):
+    """
+    Members are pulled a little towards their mean, every few steps: PAPA (Jolicoeur-Martineau et al. 2023,
+    https://huggingface.co/papers/2304.03094, section 3).
+
+    After the optimizer's step and the scheduler's, w ← (1 − r)·w + r·w̄ with r = rate · lr_t / lr_0: the pull falls
+    with the learning rate. The paper's α is 1 − `rate`. The mean is over all members, the one that is pulled included.
+    Floating-point buffers (BatchNorm's statistics) are pulled, too; optimizer states stay.
+
+    Args:
+        members (`torch.nn.Module` or `list[torch.nn.Module]`):
+            As in [`AveragingMixer`].
+        optimizers (`torch.optim.Optimizer` or `list[torch.optim.Optimizer]`):
+            Theirs, whose learning rate at the time of the pull counts: for each member that of the group which holds
+            its first parameter.
+        rate (`float`, *optional*, defaults to 0.01):
+            1 − α, in [0, 1]: the part of the way to the mean at the full learning rate.
+        interval (`int`, *optional*, defaults to 10):
+            Batches between two pulls, counted from 0 in each epoch, so that the first batch of an epoch pulls.
+        steps_per_epoch (`int`, *optional*):
+            Optimizer steps in an epoch. `None`: the count is not begun anew.
+        base_learning_rate (`float`, *optional*):
+            lr_0. Defaults to each group's `initial_lr`, which a scheduler notes, else its `lr` at the beginning.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            As in [`AveragingMixer`].
+
+    Raises:
+        ValueError: as [`AveragingMixer`], and for a rate outside [0, 1], steps that are no positive whole numbers,
+            optimizers that do not hold a member, or a base learning rate that is not above 0.
+    """
+
+    _averages = False
+
+    def __init__(
+        self,
+        members: nn.Module | Sequence[nn.Module],
+        optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        *,
+        rate: float = 0.01,
+        interval: int = 10,
+        steps_per_epoch: int | None = None,
+        base_learning_rate: float | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ):
+        self.rate, self.interval, self.steps_per_epoch = rate, interval, steps_per_epoch
+        listed = [members] if isinstance(members, nn.Module) else list(members)
+        self._groups = _groups_of(listed, optimizers)
+        self._base = [
+            base_learning_rate if base_learning_rate is not None else float(group.get("initial_lr", group["lr"]))
+            for group in self._groups
+            if group is not None
+        ]
+        options = {"rate": rate, "interval": interval, "steps_per_epoch": steps_per_epoch}
+        super().__init__(members, options, buffers=True, process_group=process_group)
+
+    def _check(self) -> None:
+        check_probability(self.rate, "rate")
+        check_steps(self.interval, "interval")
+        if self.steps_per_epoch is not None:
+            check_steps(self.steps_per_epoch, "steps_per_epoch")
+        if None in self._groups:
+            raise ValueError("No optimizer holds a member's parameters: PapaMixer goes by their learning rates.")
+        if any(not base > 0 for base in self._base):
+            raise ValueError(f"base_learning_rate must be above 0, and is {min(self._base)!r}.")
+
+    def is_due(self, step: int) -> bool:
+        """Whether members are pulled after a step, counted from 1."""
+        batch = step - 1
+        if self.steps_per_epoch is not None:
+            batch %= self.steps_per_epoch
+        return batch % self.interval == 0
+
+    def _apply(self, sums: list[torch.Tensor], step: int) -> None:
+        for own, group, base in zip(self._tensors, self._groups, self._base, strict=True):
+            assert group is not None
+            rate = min(1.0, self.rate * float(group["lr"]) / base)
+            if all(tensor.dtype == self._dtype for tensor in own):
+                torch._foreach_mul_(own, 1 - rate)
+                torch._foreach_add_(own, sums, alpha=rate / self._num_members)
+                continue
+            for tensor, total in zip(own, sums, strict=True):
+                tensor.copy_(tensor.to(self._dtype).mul_(1 - rate).add_(total, alpha=rate / self._num_members))
+
+
+def _groups_of(members: Sequence[nn.Module], optimizers: Any) -> list[dict[str, Any] | None]:
+    """For each member, the parameter group that holds the first of its parameters that is in one; `None` without."""
+    optimizers = [optimizers] if not isinstance(optimizers, Sequence) else list(optimizers)
+    groups = {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return [next((groups[id(p)] for p in member.parameters() if id(p) in groups), None) for member in members]

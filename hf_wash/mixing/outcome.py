@@ -1,0 +1,67 @@
+"""What an exchange comes to: [`MixStats`], or an error that is raised on every process alike."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class ContagionError(RuntimeError):
+    """
+    A member would have handed NaN or infinite values to others. Raised on every process, at the same step.
+
+    Attributes:
+        members (`tuple[int, ...]`):
+            The members whose values were not finite.
+        step (`int`):
+            The step of the shuffle that was refused.
+    """
+
+    def __init__(self, members: Sequence[int], step: int):
+        self.members = tuple(members)
+        self.step = step
+        who = f"Member {members[0]} holds" if len(members) == 1 else f"Members {', '.join(map(str, members))} hold"
+        super().__init__(
+            f"{who} NaN or infinite values among those to be shuffled at step {step}. The shuffle of this step was not "
+            f"carried out, so no other member has got any of them. Resume from a checkpoint before this step, with a "
+            f"lower learning rate or clipped gradients."
+        )
+
+
+class PlanMismatchError(RuntimeError):
+    """
+    Processes came to a shuffle with different plans, of different steps for example. Raised on every process.
+
+    Nothing was written into any member.
+    """
+
+
+@dataclass(frozen=True)
+class MixStats:
+    """
+    What an exchange moved. Values are counted once for each member that received one from another member; those of the
+    optimizer's state are among them where it is shuffled.
+
+    Attributes:
+        values_moved (`int`):
+            Values that members of this process received from other members.
+        bytes_exchanged (`int`):
+            Their bytes, whether they came from another process or not.
+        bytes_sent (`int`):
+            Bytes that this process put on the wire, headers included. 0 with one process.
+        averaged (`bool`):
+            Whether whole models were averaged, so that BatchNorm statistics need to be re-estimated.
+        stop_requested (`bool`):
+            Whether any process asked for a stop. The same on every process.
+        population_values_moved (`int`), population_bytes_exchanged (`int`):
+            `values_moved` and `bytes_exchanged` over all members, whatever the layout. The same on every process.
+        wait_seconds (`float`):
+            How long this process waited in the collective, in seconds.
+    """
+
+    values_moved: int
+    bytes_exchanged: int
+    bytes_sent: int
+    averaged: bool
+    stop_requested: bool
+    population_values_moved: int
+    population_bytes_exchanged: int
+    wait_seconds: float

@@ -101,7 +101,7 @@ WORDS = {
     "a target that is there": (("soup", "{}/model_0", "{}/model_1", "--out", "{}/model_2"), "model_2"),
     "a target that is a file": (("soup", "{}/model_0", "{}/model_1", "--out", "{}/model_2/config.json"), "config.json"),
     "a target below a file": (("soup", "{}/model_0", "{}/model_1", "--out", "{}/model_2/config.json/soup"), "config.json"),
-    "a target that nobody can make": (("soup", "{}/model_0", "{}/model_1", "--out", "/proc/1/soup"), "/proc/1/soup"),
+    "a target that nobody can make": (("soup", "{}/model_0", "{}/model_1", "--out", "/proc/1/soup"), "/proc/1"),
     "a target with a long name": (("soup", "{}/model_0", "{}/model_1", "--out", "{}/" + "x" * 300), "xxx"),
     "inspect nothing": (("inspect",), "DIR"),
     "inspect what is not there": (("inspect", "{}/none"), "no folder"),
@@ -126,7 +126,7 @@ CONFIGURATIONS = {
     "a config.json that is a FIFO": (_instead("model_1/config.json", os.mkfifo), "config.json"),
     "a config.json that is a device": (_instead("model_1/config.json", lambda file: file.symlink_to("/dev/zero")), "config.json"),
     "an empty config.json": (_text("model_1/config.json", ""), "config.json"),
-    "another class": (_config(lambda config: config.update(architectures=["DeiTForImageClassification"])), "architecture"),
+    "another class": (_config(lambda config: config.update(architectures=["DeiTForImageClassification"])), "DeiTForImageClassification"),
     "another activation": (_config(lambda config: config.update(hidden_act="relu")), "hidden_act"),
     "another number of heads": (_config(lambda config: config.update(num_attention_heads=4)), "num_attention_heads"),
     "another normalisation": (_config(lambda config: config.update(layer_norm_eps=0.1)), "layer_norm_eps"),
@@ -139,12 +139,10 @@ CONFIGURATIONS = {
         f"labels that are {value!r}": (_both(lambda config, v=value: config.update(id2label=v)), "label")
         for value in ("cat", {"a": "cat"}, {"0": 3}, [1, 2], {"0": None}, 7)
     },
-    "an architecture that is no model": (_both(lambda config: config.update(architectures=["AutoTokenizer"])), "AutoTokenizer"),
-    "an architecture that nobody knows": (_both(lambda config: config.update(architectures=["Nobody"])), "Nobody"),
     "no kind of model": (_both(lambda config: config.pop("model_type") and None), "model_type"),
     "a kind that nobody knows": (_both(lambda config: config.update(model_type="nobody")), "nobody"),
     "a width that is a text": (_both(lambda config: config.update(hidden_size="wide")), "hidden_size"),
-    "a width of 10⁹": (_both(lambda config: config.update(hidden_size=10**9)), "size"),
+    "a width of 10⁹": (_both(lambda config: config.update(hidden_size=10**9)), "does not load"),
     "a width of -1": (_both(lambda config: config.update(hidden_size=-1)), ""),
 }  # fmt: skip
 
@@ -255,9 +253,15 @@ SITUATIONS = [
         Situation(KIND, f"soup, {name}", (Act(command(*SOUP, make=_of_1(damage)), one_line(*says)),), template="models")
         for name, (damage, says) in OF_FILES.items()
     ),
+    *(
+        # The kind of model is known, and that decides.
+        Situation(KIND, f"soup, an architecture called {name}",
+                  (Act(command(*SOUP, make=_both(lambda config, n=name: config.update(architectures=[n]))), unharmed()),), template="models")
+        for name in ("AutoTokenizer", "Nobody")
+    ),
     Situation(KIND, "soup, a member that is NaN", (Act(command(*SOUP, make=_nan), one_line("model_1", "NaN")),), template="models"),
     Situation(KIND, "soup, a name that does not print",
-              (Act(command("soup", "{}/model_0", "{}/mo\x1b[31mdel\n", "--out", "{}/soup", make=_unprintable), one_line("architecture")),),
+              (Act(command("soup", "{}/model_0", "{}/mo\x1b[31mdel\n", "--out", "{}/soup", make=_unprintable), one_line("Other")),),
               template="models"),
     Situation(KIND, "soup, folders of the user's beside it",
               (Act(command(*SOUP, make=_users_folders), unharmed(check=leftovers)),), template="models"),

@@ -81,9 +81,9 @@ DISAGREEMENTS = {
     "a few training examples less": (other("train_dataset", lambda: Points(23), Points), ["examples to train on"]),
     "other training examples": (other("train_dataset", Other, Points), ["example"]),
     "other labels": (other("train_dataset", OtherLabels, Points), ["example"]),
-    "no training data": (other("train_dataset", lambda: None, Points), ["Process 1", "needs a `train_dataset`"]),
-    "an empty training set": (other("train_dataset", lambda: Points(0), Points), ["Process 1", "empty"]),
-    "no labels": (other("train_dataset", Unlabelled, Points), ["Process 1", "no labels"]),
+    "no training data": (other("train_dataset", lambda: None, Points), ["needs a `train_dataset`"]),
+    "an empty training set": (other("train_dataset", lambda: Points(0), Points), ["empty"]),
+    "no labels": (other("train_dataset", Unlabelled, Points), ["no labels"]),
     "a stream": (other("train_dataset", Stream, Points), [""]),
     "fewer evaluation examples": (other("eval_dataset", lambda: Points(3), lambda: Points(7), **EVALUATING), ["evaluate on"]),
     "one evaluation example less": (other("eval_dataset", lambda: Points(6), lambda: Points(7), **EVALUATING), ["evaluate on"]),
@@ -96,7 +96,7 @@ DISAGREEMENTS = {
     "more classes": (other("model", lambda: vit(num_labels=4), vit), ["member 1 differs", "shape"]),
     "half precision": (other("model", lambda: vit().bfloat16(), vit), ["member 1 differs", "dtype"]),
     "other weights": (weights, ["initial weights"]),
-    "another part that is frozen": (frozen, ["requires_grad"]),
+    "another part that is frozen": (frozen, ["architecture"]),
     "no evaluation data": (
         lambda place: trainer(place, given={"eval_dataset": second(place, None, Points(7))}, **EVALUATING), ["eval_dataset"],
     ),
@@ -108,6 +108,10 @@ DISAGREEMENTS = {
     ),
     "a population that does not divide": (lambda place: trainer(place, population_size=3), ["does not divide among 2"]),
 }  # fmt: skip
+
+
+# What is wrong on process 1 alone: the other says whose reason it is.
+ALONE = ("needs a `train_dataset`", "empty", "no labels")
 
 
 def _folder(place):
@@ -159,10 +163,6 @@ def _logged(place, result):
 REQUESTS = {
     "should_training_stop": _stopped, "should_save": _saved, "should_evaluate": _evaluated, "should_log": _logged,
 }  # fmt: skip
-
-
-def _epoch(place, result):
-    return None if result["steps"] == 6 else str(result)
 
 
 def wall_clock(place):
@@ -360,7 +360,10 @@ SITUATIONS = [
         for name, value in OPTIONS.items()
     ),
     *(
-        Situation(KIND_DIFFER, name, (Act(do, refused(*says, error="Exception")),), 2)
+        Situation(
+            KIND_DIFFER, name,
+            (Act(do, refused(*says, *(["process 1"] if says[0] in ALONE else []), error="Exception"), {1: refused(*says, error="Exception")}),), 2,
+        )
         for name, (do, says) in DISAGREEMENTS.items()
     ),
     *(
@@ -373,7 +376,7 @@ SITUATIONS = [
         Situation(KIND_ASK, f"`{flag}` when a line is logged", (Act(asking(flag, "log"), unharmed(check=check)),), 2)
         for flag, check in (("should_training_stop", _stopped), ("should_save", _saved), ("should_evaluate", _evaluated))
     ),
-    Situation(KIND_ASK, "`should_epoch_stop`", (Act(asking("should_epoch_stop"), unharmed(check=_epoch)),), 2),
+    Situation(KIND_ASK, "`should_epoch_stop`", (Act(asking("should_epoch_stop"), unharmed(check=_stopped)),), 2),
     *(
         Situation(
             KIND_ASK, f"`{flag}` by the second of four members' processes",

@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 
 HERE = Path(__file__).parent
@@ -303,8 +304,8 @@ def end_of_prepared(reports: Path, before: dict[str, str]) -> dict[str, str]:
 class Children:
     """Forked processes of one act; the end of each is in `ends`."""
 
-    def __init__(self, reports: Path, pids: list[int]):
-        self.reports, self.pids = reports, pids
+    def __init__(self, reports: Path, pids: list[int], store: Any = None):
+        self.reports, self.pids, self._store = reports, pids, store
         self.began = time.monotonic()
         self.ends: list[dict] = [{"hangs": False, "code": None, "seconds": 0.0} for _ in pids]
         self._waiting = {pid: rank for rank, pid in enumerate(pids)}
@@ -338,10 +339,12 @@ class Children:
 def start(do: Callable, place: Path, reports: Path, processes: int) -> Children:
     """Fork processes that do something in a folder; `reports` is a new folder for what they say."""
     reports.mkdir(parents=True)
-    world = {"RELIABILITY_REPORTS": str(reports)}
+    world, store = {"RELIABILITY_REPORTS": str(reports)}, None
     if processes > 1:
+        # Held here, as `torchrun` holds it: it outlives a process that is lost.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-        world |= {"MASTER_PORT": str(_free_port())}
+        world |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     pids = []
     for rank in range(processes):
         sys.stdout.flush()
@@ -351,7 +354,7 @@ def start(do: Callable, place: Path, reports: Path, processes: int) -> Children:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             _be(do, Place(place, rank), reports, world | own)
         pids.append(pid)
-    return Children(reports, pids)
+    return Children(reports, pids, store)
 
 
 def wait(children: Children, limit: float) -> list[dict]:
@@ -393,12 +396,6 @@ def verify_newest(run: Path) -> str | None:
         return checkpoint.verify(found[-1]) and None if found else None
     except ValueError as error:
         return str(error)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _be(do: Callable, place: Place, reports: Path, world: dict[str, str]) -> None:

@@ -140,8 +140,8 @@ def not_hidden(place, metrics) -> str | None:
     """The soup's loss is a number; the mean over members does not hide the one that has none."""
     if not math.isfinite(metrics["eval_loss"]):
         return f"the soup's loss is {metrics['eval_loss']}"
-    mean, own = metrics["eval_members_loss_mean"], metrics["eval_member_0_loss"]
-    return f"the mean over members is {mean}, as if there were one" if mean == own else None
+    hidden = metrics["eval_members_loss_mean"] == metrics["eval_member_0_loss"]
+    return "a member is left out of the mean, and no metric says so" if hidden and not metrics.get("eval_member_1_left_out") else None
 
 
 def best_before(place):
@@ -188,7 +188,7 @@ OTHERS = {
     ),
     "two of four members, mixing off": (
         poisoned({1: math.nan, 2: math.inf}, 4, mixing="independent", population_size=4),
-        warned("1, 2", "left out", check=finite_soup),
+        warned("Member 1", "member 2", "are left out", check=finite_soup),
     ),
     "the only member": (poisoned({0: math.nan}, 4, population_size=1), stopped("NaN or infinite", error="RuntimeError")),
     "the only member, with checkpoints": (

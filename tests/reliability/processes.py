@@ -1,5 +1,6 @@
 """Two processes that differ, of which one asks, fails, stands still or is lost: all end with the reason, or act together."""
 
+import functools
 import os
 import sys
 import time
@@ -283,6 +284,7 @@ def _model_that_fails():
     model = vit()
     own, calls = model.forward, []
 
+    @functools.wraps(own)
     def forward(*args, **kwargs):
         calls.append(1)
         return own(*args, **kwargs) if len(calls) < 4 else boom()
@@ -315,7 +317,7 @@ ARGUMENTS = {
         place, given={"compute_metrics": accuracy, "preprocess_logits_for_metrics": second(place, boom, lambda logits, labels: logits)},
         **SAVING, **EVALUATING,
     ),
-    "a `model_init`": lambda place: trained(place, given={"model_init": second(place, lambda: boom(), vit)}),
+    "a `model_init`": lambda place: trained(place, given={"model_init": second(place, lambda: boom(), lambda: vit())}),
 }  # fmt: skip
 
 

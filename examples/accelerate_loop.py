@@ -2,15 +2,15 @@
 """
 A plain Accelerate training loop, without the Trainer, in which the shuffle is two lines (marked WASH below).
 
-    ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py     # on a CPU
-    accelerate launch --num_processes 4 examples/accelerate_loop.py                                      # on GPUs
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py
+    accelerate launch --config_file examples/accelerate_configs/two_cpu_processes.yaml examples/accelerate_loop.py
+    accelerate launch --config_file examples/accelerate_configs/one_member_per_gpu.yaml examples/accelerate_loop.py
 
-Each process trains one member of the population on scikit-learn's digits. At the end the members are averaged: the
-soup is the model to ship.
+Each process trains one member of the population on scikit-learn's digits, on a GPU of its own or, where there is none
+or with `--use_cpu`, on the CPU. At the end the members are averaged: the soup is the model to ship.
 """
 
 import argparse
-import os
 
 import numpy as np
 import torch
@@ -48,12 +48,16 @@ def main():
     parser.add_argument("--learning_rate", type=float, default=0.1)
     parser.add_argument("--probability", type=float, default=0.05, help="p: what counts is p times the steps")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--use_cpu", action="store_true", help="even where there is a GPU")
     args = parser.parse_args()
 
-    accelerator = Accelerator()
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
-        # torchrun alone does not tell accelerate (1.15) that processes without a GPU belong together.
-        parser.error("accelerate does not see the other processes; on CPUs set ACCELERATE_USE_CPU=1.")
+    # Unless it is told to use the CPU, accelerate (1.15) does not see that processes without a GPU belong together.
+    accelerator = Accelerator(cpu=args.use_cpu or not torch.accelerator.is_available())
+    if accelerator.num_processes == 1:
+        print(
+            "One process trains one member, which has nobody to exchange weights with: this is a plain run. For a "
+            "population: torchrun --nproc-per-node 2 examples/accelerate_loop.py"
+        )
     images, labels = load_digits(return_X_y=True)
     images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     labels = torch.tensor(labels)

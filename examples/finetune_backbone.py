@@ -12,44 +12,44 @@ their weights as they learn the task, and their average, the soup, is the model 
 `--help` lists the flags; every field of `WashConfig` and of `TrainingArguments` is one. docs/finetuning.md says more.
 """
 
-import dataclasses
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import datasets
 import torch
 from datasets import ClassLabel, Dataset
-from safetensors.torch import load_file
-from torch import nn
-from train_vit import (
+from image_data import (
     DIGITS,
     DataArguments,
     EvaluationView,
-    HelpFormatter,
     ImageData,
-    Recipe,
     TrainingView,
-    TrainVitConfig,
     at_most,
-    default,
     hold_out,
     load_data,
     load_digits,
+)
+from safetensors.torch import load_file
+from torch import nn
+from train_vit import (
+    Recipe,
+    TrainVitConfig,
+    default,
+    make_parser,
     pretrained_recipe,
+    refuse,
     results_table,
     small_vit_recipe,
+    try_out,
 )
 from transformers import (
-    HfArgumentParser,
     PreTrainedModel,
     TimmWrapperForImageClassification,
-    TrainingArguments,
     set_seed,
 )
 from transformers.utils import logging
@@ -410,26 +410,10 @@ def averaging_error(folder: str | Path, num_members: int) -> float:
 # ---- The command ------------------------------------------------------------------------------------------------
 
 
-def make_parser() -> HfArgumentParser:
-    """All options; those of the population apart from the hundred and more that every Trainer has."""
-    parser = HfArgumentParser(
-        [BackboneArguments, DataArguments, FinetuneConfig],
-        description=__doc__.split("\n\n")[0].strip(),
-        usage="%(prog)s [--flag value ...]",
-        formatter_class=HelpFormatter,
-    )
-    inherited = {option.name for option in dataclasses.fields(TrainingArguments)}
-    training = parser._action_groups[-1]
-    population = parser.add_argument_group("population (what WashConfig adds to TrainingArguments)")
-    population._group_actions = [action for action in training._group_actions if action.dest not in inherited]
-    training._group_actions = [action for action in training._group_actions if action.dest in inherited]
-    parser._action_groups[-2:] = [population, training]
-    return parser
-
-
 def parse(arguments: list[str] | None = None) -> tuple[BackboneArguments, DataArguments, FinetuneConfig]:
     """The command line, as three groups of options."""
-    backbone, data, config = make_parser().parse_args_into_dataclasses(args=arguments)
+    parser = make_parser([BackboneArguments, DataArguments, FinetuneConfig], __doc__)
+    backbone, data, config = parser.parse_args_into_dataclasses(args=arguments)
     if (data.data_dir or data.dataset_name) and not backbone.model_name_or_path:
         raise ValueError("Your data needs --model_name_or_path: the script's own backbone has seen digits only.")
     if backbone.head_only > config.shuffle_stop:
@@ -481,8 +465,8 @@ def prepare(arguments: list[str] | None = None) -> tuple[FinetuneTrainer, ImageD
     trainer = FinetuneTrainer(
         model_init=model_init,
         args=config,
-        train_dataset=data.train.with_transform(TrainingView(recipe.processor, *columns, augmentation)),
-        eval_dataset=data.eval.with_transform(EvaluationView(recipe.processor, *columns)),
+        train_dataset=TrainingView(recipe.processor, *columns, augmentation).of(data.train),
+        eval_dataset=EvaluationView(recipe.processor, *columns).of(data.eval),
         compute_metrics=compute_classification_metrics,
         processing_class=recipe.processor,
         heads=heads,
@@ -490,12 +474,6 @@ def prepare(arguments: list[str] | None = None) -> tuple[FinetuneTrainer, ImageD
         head_only=backbone_arguments.head_only,
     )
     return trainer, data, recipe, backbone_arguments
-
-
-def refuse(error: Exception) -> NoReturn:
-    """End with one line on stderr and exit code 1."""
-    rank = os.environ.get("RANK", "0")
-    sys.exit(f"finetune_backbone.py: error{'' if rank == '0' else f' (process {rank})'}: {error}")
 
 
 def how_to_use(folder: str, backbone: str | None = None) -> str:
@@ -516,9 +494,12 @@ def how_to_use(folder: str, backbone: str | None = None) -> str:
 def main() -> None:
     try:
         trainer, data, recipe, backbone_arguments = prepare()
+        config = trainer.args
+        if config.dry_run:
+            try_out(trainer)
+            return
     except ValueError as error:
         refuse(error)
-    config = trainer.args
     adapter = backbone_arguments.lora_rank is not None
 
     try:

@@ -90,8 +90,20 @@ class WashSFTConfig(PopulationArguments, SFTConfig):
     shuffle_stop: float = field(
         default=0.75, metadata=dict(PopulationArguments.__dataclass_fields__["shuffle_stop"].metadata)
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Try everything out, say what the run would cost, and stop: data, the loss of a batch, saving the "
+            "untrained model and loading it back, disk space for the checkpoints. Nothing is trained or uploaded."
+        },
+    )
 
     def __post_init__(self):
+        if self.dry_run and self.resume_from_checkpoint:
+            raise ValueError("--dry_run tries out a run from its beginning; leave --resume_from_checkpoint out.")
+        if self.dry_run:
+            # Pushing would make a repository before anything is tried.
+            self.push_to_hub = False
         if self.bf16 is None:
             # TRL's default is True wherever it trains; a CPU is slower with it.
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -366,9 +378,15 @@ def refuse(error: Exception) -> NoReturn:
 def main() -> None:
     try:
         trainer, script = prepare()
+        config = trainer.args
+        if config.dry_run:
+            report = trainer.check()
+            if trainer.is_world_process_zero():
+                print(f"\n{report}\n\nNothing was trained: this was a dry run.")
+            trainer.accelerator.end_training()
+            return
     except ValueError as error:
         refuse(error)
-    config = trainer.args
 
     trained = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()

@@ -3,16 +3,26 @@ Every option of a population run, with its help text: [`PopulationArguments`] fo
 for the Trainer's own. What the options do lives elsewhere.
 """
 
+import contextlib
+import copy
 import math
+import multiprocessing.context
 import os
 import warnings
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.utils import logging
+
+from .population import failures
+from .secret_options import without_secrets
 
 
 logger = logging.get_logger(__name__)
@@ -31,7 +41,6 @@ FITTING_SHUFFLES = 140
 LARGEST_FITTED_PROBABILITY = 0.5
 
 
-# Not a representation of their own: the Trainer's arguments hide the token of the Hub in theirs.
 @dataclass(repr=False)
 class PopulationArguments:
     r"""
@@ -180,6 +189,9 @@ class PopulationArguments:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if "__repr__" not in vars(cls):
+            # A dataclass would make one that tells the Hub's token.
+            cls.__repr__ = cls.__str__  # type: ignore[assignment,method-assign]
         order = cls.__mro__
         if TrainingArguments in order and order.index(TrainingArguments) < order.index(PopulationArguments):
             # Nothing would be checked, and losses be scaled by the number of processes.
@@ -189,20 +201,80 @@ class PopulationArguments:
             )
 
     def __post_init__(self):
-        # First, so that a wrong value is refused before devices and process groups are set up.
-        self._check_population_options()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        try:
+            # First, so that a wrong value is refused before devices and process groups are set up.
+            self._check_population_options()
+            self._make_process_group()
+            self._complete_trainer_arguments()
+        except Exception as error:
+            self._tell_the_others(error)
+            raise
+
+    def _make_process_group(self) -> None:
+        """As the Trainer's arguments (5.23) would later, but with `ddp_timeout` on a CPU, too."""
+        if not _launched_in_several():
+            return
+        if not torch.accelerator.is_available():
             # Started by `torchrun` without an accelerator, a process takes itself for the only one unless it is told
             # that the CPU is meant (accelerate 1.15).
             self.use_cpu = True
+        theirs: Any = self
+        timeout = timedelta(seconds=theirs.ddp_timeout)
+        if not dist.is_initialized():
+            if self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"):
+                PartialState(cpu=True, backend=theirs.ddp_backend, timeout=timeout)
+        elif theirs.ddp_timeout != TrainingArguments.ddp_timeout:
+            # Made by somebody else, who may have had reasons for another timeout, unless one was asked for here.
+            set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # torch 2.14
+            set_timeout(timeout)
+
+    def _tell_the_others(self, error: Exception) -> None:
+        """These have made, or will make, arguments that are fine, and would then wait."""
+        if not _launched_in_several():
+            return
+        with contextlib.suppress(Exception):
+            PartialState(cpu=not torch.accelerator.is_available() or bool(self.use_cpu))
+        failures.tell(error)
+
+    def _complete_trainer_arguments(self) -> None:
         drop_last = self.dataloader_drop_last  # type: ignore[has-type] # of the arguments behind this class
         super().__post_init__()  # type: ignore[misc] # theirs, too
         # On several processes sentence-transformers (6.2) drops the last batch, lest their numbers of batches differ. A
         # member's batches are those of a run of its own, however many processes there are.
         self.dataloader_drop_last = drop_last
-        # Trainer would multiply each loss by the number of processes, to undo an averaging of gradients that does
-        # not happen here: a member's loss is that of a run of its own.
-        self.average_tokens_across_devices = False
+
+    # What is written of a run's options: the Trainer pickles its arguments beside each model that it saves, in a file
+    # that an upload takes along, and callbacks write `to_dict`.
+
+    # The class by whose name a pickle finds it, where that is not the object's own.
+    _pickled_as = None
+
+    def __reduce__(self):
+        # A process that is being started needs what this one has; what is written to a disk holds no secret.
+        starting = multiprocessing.context.get_spawning_popen() is not None
+        options = dict(vars(self)) if starting else dict(without_secrets(vars(self)))
+        return _restored, (self._pickled_as or type(self), options)
+
+    def __copy__(self):
+        made = object.__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
+    def __deepcopy__(self, memo):
+        made = memo[id(self)] = object.__new__(type(self))
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain values, for logs and reports; secrets are left out, those inside of options, too."""
+        return without_secrets(super().to_dict())  # type: ignore[misc]
+
+    def __str__(self) -> str:
+        shown = copy.copy(self)
+        vars(shown).update(without_secrets(vars(self)))
+        return super(PopulationArguments, shown).__str__()
+
+    __repr__ = __str__
 
     def _check_population_options(self) -> None:
         def require(condition: bool, name: str, must: str) -> None:
@@ -313,7 +385,7 @@ class PopulationArguments:
         return self.probability_for(total_steps) * self.mixing_steps(total_steps)
 
 
-@dataclass(repr=False)
+@dataclass
 class WashConfig(PopulationArguments, TrainingArguments):
     """
     Options of a [`WashTrainer`]: those of [`PopulationArguments`], and those of [`~transformers.TrainingArguments`] for
@@ -331,6 +403,16 @@ class WashConfig(PopulationArguments, TrainingArguments):
     if TYPE_CHECKING:
         # The Trainer's arguments have one after their `__post_init__`, whatever was given.
         output_dir: str = "trainer_output"
+
+
+def _launched_in_several() -> bool:
+    return dist.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _restored(arguments_class: type, options: dict[str, Any]) -> Any:
+    made = object.__new__(arguments_class)
+    vars(made).update(options)
+    return made
 
 
 def _plain(value: Any) -> Any:

@@ -54,7 +54,6 @@ def test_the_population_goes_in_front_of_any_trainers_arguments(other):
     config = kind("out", population_size=3, use_cpu=True, **{name: value})
     assert config.output_dir == "out" and getattr(config, name) == value
     assert config.population_size == 3 and config.mixing == "wash"
-    assert not config.average_tokens_across_devices
     assert config.n_gpu == 0
     with pytest.raises(ValueError, match="`shuffle_stop` must be a fraction"):
         kind("out", shuffle_stop=2.0)

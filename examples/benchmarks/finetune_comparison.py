@@ -39,7 +39,8 @@ from finetune_backbone import (
     make_member,
     pretrain_backbone,
 )
-from train_vit import EvaluationView, TrainingView, pretrained_recipe
+from image_data import EvaluationView, TrainingView
+from train_vit import pretrained_recipe
 
 from hf_wash.metrics import compute_classification_metrics
 

@@ -25,6 +25,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 from hf_wash import WashConfig, WashTrainer
+from hf_wash.soup.weights import open_member
 
 
 class Noise(torch.utils.data.Dataset):
@@ -121,7 +122,7 @@ class _Timed(TrainerCallback):
 def measure_saving(rounds: int) -> dict:
     """Seconds to save ViT-S: a checkpoint of two members and the final soup, each beside the plain Trainer's own."""
     found: dict[str, list[float]] = {name: [] for name in ("plain_model", "plain_checkpoint", "soup", "checkpoint")}
-    checked = []
+    checked, looked = [], []
     with tempfile.TemporaryDirectory() as folder:
         shared = {**arguments(folder, 2, 2), "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
         for _ in range(rounds):
@@ -134,6 +135,9 @@ def measure_saving(rounds: int) -> dict:
                     trainer = WashTrainer(model, args, train_dataset=data, callbacks=[timed])
                 trainer.train()
                 found["plain_checkpoint" if kind == "plain" else "checkpoint"] += timed.seconds
+                began = time.perf_counter()
+                assert open_member(model.state_dict(), 0).first_not_finite() is None
+                looked.append(time.perf_counter() - began)
                 for number in range(2):
                     began = time.perf_counter()
                     trainer.save_model(f"{folder}/final")
@@ -147,6 +151,7 @@ def measure_saving(rounds: int) -> dict:
     return {
         "rounds": rounds, **{f"{name}_seconds": value for name, value in medians.items()},
         "soup_with_its_check_seconds": statistics.median(checked),
+        "looking_for_what_is_not_finite_in_a_member_seconds": statistics.median(looked),
         "checkpoint_for_each_of_its_three_models": medians["checkpoint"] / 3 / medians["plain_checkpoint"],
     }  # fmt: skip
 

@@ -36,11 +36,10 @@ from .record import (
     read_record,
 )
 from .tasks import Task, task_of
+from .traffic import PAPA_INTERVAL, others_send
 
 
 logger = logging.getLogger(__name__)
-
-PAPA_INTERVAL = 10
 
 # Metrics that the Hub knows by these names and shows as such.
 _HUB_METRICS = ("accuracy", "f1", "precision", "recall", "roc_auc")
@@ -397,8 +396,7 @@ class WashCard:
         if exchanged is None or not model or not steps or size == 1:
             return []
         rows = [[self.method_name, wording.bytes_text(exchanged), "1"]]
-        for name, times in (("PAPA", steps // PAPA_INTERVAL), ("DDP", steps)):
-            amount = size * times * model
+        for name, amount in others_send(size, steps, model).items():
             rows.append([name, wording.bytes_text(amount), f"{amount / exchanged:,.3g} ×" if exchanged else "–"])
         return rows
 

@@ -17,6 +17,7 @@ from .. import __version__
 from ..population import MemberOverrides, Population
 from ..soup import GreedySoupRecord, has_batch_norm
 from .record import dataset_repositories, inherited_license
+from .traffic import size_of
 
 
 _MIXING = (
@@ -44,6 +45,7 @@ _license_of = functools.cache(inherited_license)
 
 def describe_run(
     *,
+    run: str | None,
     args: Any,
     state: TrainerState,
     model: nn.Module,
@@ -51,6 +53,7 @@ def describe_run(
     overrides: Sequence[MemberOverrides],
     exchanged: tuple[int, int],
     greedy: GreedySoupRecord | None,
+    left_out: Sequence[int],
     probability: float | None,
     ask_hub: bool,
     batch_size: int,
@@ -61,6 +64,8 @@ def describe_run(
     Puts together what is to be known about a run. No process waits for another.
 
     Args:
+        run (`str`, *optional*):
+            The run's identity, as its checkpoints have it; `None` before training.
         args ([`WashConfig`]), state (`TrainerState`):
             The options, and how far the run has come.
         model (`torch.nn.Module`):
@@ -75,6 +80,8 @@ def describe_run(
             Whether the Hub may be asked, for the license of the model this one was made from.
         greedy ([`GreedySoupRecord`], *optional*):
             How the greedy soup was chosen, if there is one.
+        left_out (`Sequence[int]`):
+            The members that are not in the soup because they are not finite.
         batch_size (`int`):
             The number of samples that a member sees for one optimizer step.
         datasets (`tuple`):
@@ -93,13 +100,16 @@ def describe_run(
         soup["batch_norm"] = args.soup_batch_norm
     if greedy is not None:
         soup |= {"chosen": list(greedy.indices), "scores": list(greedy.member_scores)}
+    if left_out:
+        soup["left_out"] = list(left_out)
     libraries = ("torch", "transformers", "accelerate", "timm")
     return {
+        "run": run,
         "model": {
             "class": type(model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),
             "trainable_parameters": sum(p.numel() for p in trained),
-            "trainable_bytes": sum(p.numel() * p.element_size() for p in trained),
+            "trainable_bytes": size_of(trained),
         },
         "population": {
             "size": population.size,

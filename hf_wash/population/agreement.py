@@ -4,12 +4,14 @@ of a hang or a silently wrong population.
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..architecture import describe_architecture, unlike
+from .failures import known_to_all
 from .population import Population
 
 
@@ -23,7 +25,7 @@ def check_same_architecture(population: Population) -> None:
     architectures = population.gather([describe_architecture(member) for member in population.members])
     for index, other in enumerate(architectures[1:], start=1):
         if said := unlike(architectures[0], other, 0, index):
-            raise ValueError(said)
+            raise known_to_all(ValueError(said))
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -42,7 +44,10 @@ def check_agreement(population: Population, facts: dict[str, Any]) -> None:
     Raises:
         ValueError: on every process, naming each fact that differs and what process 0 and the other one say.
     """
-    everyone = population.gather_processes(facts)
+    _compare(population.gather_processes(facts))
+
+
+def _compare(everyone: list[dict[str, Any]]) -> None:
     for rank, theirs in enumerate(everyone[1:], start=1):
         different = [name for name in everyone[0] if theirs.get(name) != everyone[0][name]]
         different += [name for name in theirs if name not in everyone[0]]
@@ -50,7 +55,39 @@ def check_agreement(population: Population, facts: dict[str, Any]) -> None:
             told = "; ".join(
                 f"{name}: {_short(everyone[0].get(name))} against {_short(theirs.get(name))}" for name in different
             )
-            raise ValueError(f"Processes 0 and {rank} do not agree, so the run would hang or go wrong. {told}.")
+            told = f"Processes 0 and {rank} do not agree, so the run would hang or go wrong. {told}."
+            raise known_to_all(ValueError(told))
+
+
+def check_together(population: Population, look: Callable[[], dict[str, Any]]) -> None:
+    """
+    *Collective.* Look at what may be wrong on one process alone, and compare what was found over all.
+
+    Args:
+        population ([`Population`]): The members.
+        look (`Callable`): Raises what is wrong here; returns facts that all processes must agree on.
+
+    Raises:
+        ValueError: as [`check_agreement`].
+        Exception: on a process where `look` raised, its error; on the others a `ValueError`, or a `RuntimeError` where
+            it was none, with that process's reason.
+    """
+    facts: dict[str, Any] = {}
+    error: Exception | None = None
+    try:
+        facts = look()
+    except Exception as caught:  # whatever it was, the others must hear of it instead of waiting
+        error = caught
+    mistake = isinstance(error, ValueError)
+    outcomes = population.gather_processes(
+        (None if error is None else (mistake, f"{type(error).__name__}: {error}"), facts)
+    )
+    if error is not None:
+        raise known_to_all(error)
+    for rank, (failure, _) in enumerate(outcomes):
+        if failure is not None:
+            raise known_to_all((ValueError if failure[0] else RuntimeError)(f"Process {rank}: {failure[1]}"))
+    _compare([theirs for _, theirs in outcomes])
 
 
 def _short(value: Any) -> str:

@@ -45,13 +45,15 @@ class ConsensusSample:
 
     def estimate(self, values: torch.Tensor) -> float:
         """
-        sqrt(1/N · Σ_n ‖θ_n − θ̄‖²), estimated.
+        sqrt(1/N · Σ_n ‖θ_n − θ̄‖²), estimated, of the members that are finite.
 
         Args:
             values (`torch.Tensor` of shape `(N, size)`): [`values`] of all members.
         """
         if not self.size:
             return 0.0
+        finite = values[torch.isfinite(values).all(1)]
+        values = finite if len(finite) else values
         mean = values.mean(0, keepdim=True)
         return math.sqrt(float((values - mean).square().sum()) / len(values) * self.total / self.size)
 

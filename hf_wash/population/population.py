@@ -7,13 +7,14 @@ Knows torch and NumPy; it does not know how members are trained, mixed or evalua
 import copy
 import functools
 import types
-from collections.abc import Callable, Collection, ItemsView, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from .failures import known_to_all
 from .streams import RandomStreams
 
 
@@ -126,7 +127,7 @@ class Population:
         failures = [f"process {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
         if failures:
             clean_up()
-            raise RuntimeError(f"{what} failed ({'; '.join(failures)}).") from error
+            raise known_to_all(RuntimeError(f"{what} failed ({'; '.join(failures)}).")) from error
         return [value for value, _ in outcomes]
 
     def broadcast(self, value, source: int = 0):
@@ -165,13 +166,16 @@ class Population:
             if flat.data_ptr() != tensor.data_ptr():
                 tensor.copy_(flat)
 
-    def state_dicts(self, exclude: Collection[str] = ()) -> Iterator[dict[str, torch.Tensor]]:
+    def state_dicts(
+        self, exclude: Collection[str] = (), indices: Iterable[int] | None = None
+    ) -> Iterator[dict[str, torch.Tensor]]:
         """
         *Collective.* Each member's state dict on every process, one after the other in member order, so that a sum
         over members is the same on every layout. What one step yields is overwritten by the next.
 
         Args:
             exclude (`Collection[str]`, *optional*): Names to leave out, because all members share them.
+            indices (`Iterable[int]`, *optional*): Of which members. Of all, if not given.
         """
 
         def tensors_of(member: nn.Module) -> dict[str, torch.Tensor]:
@@ -179,7 +183,7 @@ class Population:
 
         template = tensors_of(self.wholes[0])
         received: dict[str, torch.Tensor] | None = None
-        for index in range(self.size):
+        for index in indices if indices is not None else range(self.size):
             source = self.owner(index)
             if source == self.rank:
                 state = tensors_of(self.wholes[index - self.indices[0]])

@@ -3,6 +3,7 @@
 import contextlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,25 @@ class RandomStreams:
         torch.set_rng_state(state["cpu"])
         if self._accelerator is not None and "accelerator" in state:
             self._accelerator.set_rng_state(state["accelerator"])
+
+    def check(self, state: Any) -> None:
+        """
+        Find out whether a state can be put into the global generators. These stay as they are.
+
+        Raises:
+            ValueError: if it is none that [`capture`] gives.
+        """
+        before = self.capture()
+        try:
+            name, words, position = state["numpy"][:3]
+            # NumPy (2.4) would read beyond its words.
+            if name != "MT19937" or words.shape != (624,) or not 0 <= position <= 624:
+                raise ValueError("NumPy's state is none of its generator")
+            self.restore(state)
+        except Exception as error:  # each library has its own
+            raise ValueError(f"what stands for a random state is none: {error!r}") from error
+        finally:
+            self.restore(before)
 
     def activate(self, owner: int | None) -> None:
         """Make `owner`'s streams the global ones: a member's index, or `None` for the process's own."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .uniform import mean_of_sources
-from .weights import check_alike, check_is_a_collection, open_member
+from .weights import check_alike, check_finite, check_is_a_collection, open_member
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ def greedy_soup(
 
     The members are sorted by their own score, highest first, equal ones in the order given. The soup starts as the
     best one; each of the others is tried once, in that order, and stays if the mean of the soup and it scores
-    *strictly* higher than the soup. A score that is not a number (a diverged member) ranks below every other and never
-    joins.
+    *strictly* higher than the soup. A member whose score is not a number ranks below every other and never joins.
 
     Args:
         members (iterable of `torch.nn.Module`, `Mapping[str, torch.Tensor]`, `str` or `Path`):
@@ -80,7 +79,8 @@ def greedy_soup(
     if not sources:
         raise ValueError("A soup needs at least one member, and the list of members is empty.")
     for other in sources[1:]:
-        check_alike(sources[0], other)  # before the first evaluation, which may take long
+        check_alike(sources[0], other)
+    check_finite(sources)  # before the first evaluation, which may take long
 
     scores = [float(evaluate(source.read_all())) for source in sources]
     if all(math.isnan(score) for score in scores):

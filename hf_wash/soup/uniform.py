@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .weights import WeightSource, check_alike, check_is_a_collection, open_member
+from .weights import (
+    WeightSource,
+    check_alike,
+    check_finite,
+    check_is_a_collection,
+    is_finite,
+    not_finite,
+    open_member,
+)
 
 
 # Numbers that are summed at a time: 2 MiB in float64. VGG keeps three quarters of its weights in one tensor, so whole
@@ -37,8 +45,9 @@ def uniform_soup(members: Iterable[nn.Module | Mapping[str, torch.Tensor] | str 
         share their memory in every member share it in the soup.
 
     Raises:
-        ValueError: for no members at all, for members whose tensors differ (the first difference is named), and for
-            folders without safetensors.
+        ValueError: for no members at all, for members whose tensors differ (the first difference is named), for
+            members that hold NaN or infinite values (all are named; of a generator the first), and for folders
+            without safetensors.
 
     Source: "uniform soup" of [Model soups](https://hf.co/papers/2203.05482); the averaged model of
     [WASH](https://hf.co/papers/2405.17517).
@@ -85,6 +94,8 @@ def mean_of_sources(sources: Sequence[WeightSource]) -> dict[str, torch.Tensor]:
             total = _wide(first.read(name, rows))
             for source in sources[1:]:
                 total += source.read(name, rows).to(device=total.device, dtype=total.dtype)
+            if not is_finite(total):
+                check_finite(sources)
             target = soup[name] if rows is None else soup[name][rows]
             target.copy_(total.div_(len(sources)))
     return soup
@@ -115,6 +126,7 @@ def _mean_of_stream(members: Iterable) -> dict[str, torch.Tensor]:
                 if name in ties:
                     continue
                 value = source.read(name)
+                _refuse(source, name, value)
                 if _has_mean(value):
                     totals[name] = _wide(value)
                     likeness[name] = torch.empty(0, dtype=value.dtype, device=value.device)
@@ -128,7 +140,9 @@ def _mean_of_stream(members: Iterable) -> dict[str, torch.Tensor]:
                     totals[name], likeness[name] = totals[tied_to].clone(), likeness[tied_to]
                     del ties[name]
             for name, total in totals.items():
-                total += source.read(name).to(device=total.device, dtype=total.dtype)
+                value = source.read(name)
+                _refuse(source, name, value)
+                total += value.to(device=total.device, dtype=total.dtype)
         count += 1
         # Let go of this member before the next one is drawn.
         del source, member
@@ -143,6 +157,12 @@ def _mean_of_stream(members: Iterable) -> dict[str, torch.Tensor]:
         else:
             soup[name] = kept[name]
     return soup
+
+
+def _refuse(source: WeightSource, name: str, value: Any) -> None:
+    # At once: a member that was drawn is gone afterwards.
+    if not is_finite(value):
+        raise ValueError(not_finite([(source.description, name)]))
 
 
 def _has_mean(value: Any) -> bool:

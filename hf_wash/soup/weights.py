@@ -4,7 +4,8 @@ The averages themselves are in `uniform.py` and `greedy.py`.
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ class WeightSource:
     def read(self, name: str, rows: slice | None = None) -> Any:
         """The value called `name`, or these rows of it. It may be the member's own memory: not to be written to."""
         raise NotImplementedError
+
+    def first_not_finite(self) -> str | None:
+        """The name of the first tensor that holds NaN or infinite values; `None` if there is none."""
+        names = (name for name in self.specs if name not in self.ties)
+        return next((name for name in names if not is_finite(self.read(name))), None)
 
     def read_all(self) -> dict[str, Any]:
         """The whole state dict, for who needs all of it at once."""
@@ -243,6 +249,42 @@ def check_alike(reference: WeightSource, other: WeightSource, prefix: str | None
     difference = first_difference(ours, theirs, reference.description, other.description, in_order=False)
     if difference is not None:
         raise ValueError(f"{prefix} {difference}.")
+
+
+def is_finite(value: Any) -> bool:
+    """
+    Whether a tensor holds neither NaN nor infinite values, in one pass that takes no memory. What has no floating-point
+    values is finite; so is a causal mask, as some models keep it in a buffer, which is made of 0 and -inf alone.
+    """
+    if not isinstance(value, torch.Tensor) or not value.numel():
+        return True
+    value = value.detach()
+    if value.is_complex():
+        value = torch.view_as_real(value.resolve_conj())
+    if not value.is_floating_point():
+        return True
+    if value.element_size() == 1:
+        value = value.float()  # torch has no minimum of 8-bit floats (2.15)
+    low, high = torch.stack(torch.aminmax(value)).tolist()
+    if math.isfinite(low) and math.isfinite(high):
+        return True
+    return (low, high) == (-math.inf, 0.0) and bool(((value == 0) | (value == low)).all())
+
+
+def check_finite(sources: Iterable[WeightSource]) -> None:
+    """
+    Raises:
+        ValueError: naming the members that hold NaN or infinite values, and for each the first such tensor.
+    """
+    found = [(source.description, name) for source in sources if (name := source.first_not_finite()) is not None]
+    if found:
+        raise ValueError(not_finite(found))
+
+
+def not_finite(found: Sequence[tuple[str, str]]) -> str:
+    """The error for members (their descriptions, and a tensor of each) that cannot be in a soup."""
+    listing = ", ".join(f"{description} holds NaN or infinite values in '{name}'" for description, name in found)
+    return f"{listing[0].upper()}{listing[1:]}, and so would their average: leave {'it' if len(found) == 1 else 'them'} out."
 
 
 def check_is_a_collection(members: Any) -> None:

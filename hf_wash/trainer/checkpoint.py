@@ -2,20 +2,19 @@
 Population checkpoints: written so that a folder named `checkpoint-<step>` is always whole, and read back on any number
 of processes.
 
-A checkpoint is staged under another name, its manifest (`population.json`, with the size and SHA-256 of every file) is
-written last, and a rename makes it appear. Nothing that is loaded can run code: weights are safetensors, optimizer
+A checkpoint is staged under another name, its manifest (`manifest`, with the size and SHA-256 of every file) is written
+last, and a rename makes it appear. Nothing that is loaded can run code: weights are safetensors, optimizer
 states are read with torch's `weights_only`, random streams are JSON.
 """
 
 import base64
 import contextlib
-import hashlib
 import json
 import logging
 import os
-import re
+import pickle
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,21 +24,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..population import Population, grow_buffers
+from ..population import Population, RandomStreams, grow_buffers
+from ..soup.weights import open_member
+from .manifest import (
+    MANIFEST,
+    InvalidCheckpoint,
+    check_finite,
+    file_record,
+    newest_complete,
+    read_manifest,
+    runs_in,
+    seal,
+    verify,
+)
 
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "population.json"
-FORMAT = 1
 MEMBER_WEIGHTS, OPTIMIZER, STREAMS, FROZEN = "model.safetensors", "optimizer.pt", "streams.json", "frozen.safetensors"
-_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 # Names that neither Trainer's rotation (`checkpoint-*`) nor an upload (which ignores `_*`) takes for a checkpoint.
 STAGING_PREFIX, REPLACED_PREFIX = "_incomplete-", "_replaced-"
-
-
-class InvalidCheckpoint(ValueError):
-    """A checkpoint that cannot be resumed from; the message says what is wrong with it."""
 
 
 # ---- Writing -------------------------------------------------------------------------------------------------------
@@ -49,16 +53,6 @@ def staging_folder(folder: str | Path) -> Path:
     """Where the checkpoint `folder` is written before it appears."""
     folder = Path(folder)
     return folder.with_name(STAGING_PREFIX + folder.name)
-
-
-def file_record(path: Path) -> dict[str, Any]:
-    """A file's size in bytes and SHA-256, after making sure that it is on the disk."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 class _Records:
@@ -159,7 +153,7 @@ def publish(staging: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
         manifest (`Mapping`): What the checkpoint holds, `files` among it.
     """
     with open(staging / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, **manifest}, file, indent=1)
+        json.dump(seal(manifest), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     replaced = folder.with_name(REPLACED_PREFIX + folder.name)
@@ -187,13 +181,11 @@ def own_tensors(model: nn.Module, shared: Iterable[str] = ()) -> dict[str, torch
         model (`nn.Module`): The member.
         shared (`Iterable[str]`, *optional*): Names to leave out.
     """
-    names = set(model.state_dict())
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     left_out = set(shared)
     return {
         name: tensor.detach().contiguous().cpu()
-        for name, tensor in tensors.items()
-        if name in names and name not in left_out
+        for name, tensor in _written_tensors(model).items()
+        if name not in left_out
     }
 
 
@@ -242,76 +234,6 @@ def write_member(
 # ---- Reading -------------------------------------------------------------------------------------------------------
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """
-    A checkpoint's manifest.
-
-    Raises:
-        InvalidCheckpoint: if there is none, or it cannot be read.
-    """
-    path = Path(folder) / MANIFEST
-    if not path.parent.is_dir():
-        raise InvalidCheckpoint(f"there is no folder `{folder}`")
-    if not path.is_file():
-        raise InvalidCheckpoint(f"`{folder}` has no {MANIFEST}: it is not a whole population checkpoint")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["files"], manifest["population_size"], manifest["step"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InvalidCheckpoint(f"the manifest `{path}` cannot be read ({error})") from error
-    if manifest.get("format") != FORMAT:
-        raise InvalidCheckpoint(f"`{path}` has format {manifest.get('format')}, and this version reads {FORMAT}")
-    return manifest
-
-
-def verify(folder: str | Path) -> dict[str, Any]:
-    """
-    Check a checkpoint's files against its manifest, size and SHA-256.
-
-    Returns:
-        `dict`: The manifest.
-
-    Raises:
-        InvalidCheckpoint: naming the first file that is missing or differs.
-    """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    for name, record in manifest["files"].items():
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise InvalidCheckpoint(f"the manifest of `{folder}` names a file outside of it, `{name}`")
-        if not path.is_file():
-            raise InvalidCheckpoint(f"`{path}` is missing")
-        if path.stat().st_size != record["size"]:
-            raise InvalidCheckpoint(f"`{path}` has {path.stat().st_size} bytes instead of {record['size']}")
-    for name, record in manifest["files"].items():
-        if file_record(folder / name)["sha256"] != record["sha256"]:
-            raise InvalidCheckpoint(f"`{folder / name}` is not what was written (its SHA-256 differs)")
-    return manifest
-
-
-def newest_complete(run_folder: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """
-    The newest checkpoint of a run that is whole.
-
-    Args:
-        run_folder (`str` or `Path`): The run's output folder.
-
-    Returns:
-        `tuple`: The checkpoint, `None` if there is none, and the newer ones that were skipped, each with the reason.
-    """
-    run_folder = Path(run_folder)
-    skipped = []
-    found = [(int(match[1]), path) for path in _folders(run_folder) if (match := _CHECKPOINT.match(path.name))]
-    for _, path in sorted(found, reverse=True):
-        try:
-            verify(path)
-            return path, skipped
-        except InvalidCheckpoint as error:
-            skipped.append((path, str(error)))
-    return None, skipped
-
-
 def resolve(
     population: Population, run_folder: str | Path, requested: str | Path | bool, leads: bool
 ) -> tuple[str, dict[str, Any]] | None:
@@ -329,48 +251,70 @@ def resolve(
         `tuple[str, dict]`: The checkpoint and its manifest, the same on every process; `None` for a fresh start.
 
     Raises:
-        ValueError: on every process, if there is none, or what was asked for is not whole.
+        InvalidCheckpoint: on every process, if what was asked for is not whole, or the folder holds checkpoints of
+            several runs and none was named.
+        ValueError: on every process, if there is none.
     """
     search = requested is True or requested == "auto"
 
-    def look() -> tuple[str | None, list[str]]:
+    def look() -> tuple[tuple[str, str] | None, list[str]]:
         if not leads:
             return None, []
         if not search:
-            verify(str(requested))
-            return Path(str(requested)).name, []
+            manifest = verify(str(requested))
+            check_finite(str(requested), manifest)
+            return (Path(str(requested)).name, manifest["run"]), []
         found, skipped = newest_complete(run_folder)
-        return found.name if found else None, [reason for _, reason in skipped]
+        if found is None:
+            return None, [reason for _, reason in skipped]
+        _refuse_several_runs(run_folder)
+        return (found.name, read_manifest(found)["run"]), [reason for _, reason in skipped]
 
-    outcomes = _checked(population, look)
-    name, skipped = outcomes[0]
-    if any(other not in (None, name) for other, _ in outcomes):
+    outcomes = checked(population, look)
+    found, skipped = outcomes[0]
+    if any(other not in (None, found) for other, _ in outcomes):
+        held = ", ".join(f"{other[0]} of run {other[1][:8]}" if other else "none" for other, _ in outcomes)
         raise ValueError(
-            f"The machines hold different newest checkpoints ({', '.join(str(other) for other, _ in outcomes)}): "
-            "remove what is not on all of them."
+            f"The machines hold different newest checkpoints ({held}): remove what is not on all of them."
         )
     for reason in skipped if population.rank == 0 else ():
         logger.warning(f"A checkpoint is skipped: {reason}.")
-    if name is None:
+    if found is None:
         if requested == "auto":
-            logger.info(f"No complete checkpoint in `{run_folder}`: starting afresh.")
             return None
-        raise ValueError(f"No complete checkpoint was found in `{run_folder}`.")
-    folder = os.path.join(run_folder, name) if search else str(requested)
-    return folder, _checked(population, lambda: read_manifest(folder))[population.rank]
+        raise ValueError(
+            f"No complete checkpoint was found in `{run_folder}` (No valid checkpoint found in output directory)."
+        )
+    folder = os.path.join(run_folder, found[0]) if search else str(requested)
+    return folder, checked(population, lambda: read_manifest(folder))[population.rank]
 
 
-def _checked(population: Population, work: Callable[[], Any]) -> list:
-    """*Collective.* As `do_together`, for what the user got wrong: a `ValueError`, the same on every process."""
+def _refuse_several_runs(run_folder: str | Path) -> None:
+    runs = runs_in(run_folder)
+    if len(runs) < 2:
+        return
+    listing = ", ".join(f"run {run[:8]} up to `{found[0].name}`" for run, found in runs.items())
+    raise InvalidCheckpoint(
+        f"`{run_folder}` holds checkpoints of {len(runs)} runs ({listing}): name the checkpoint to go on from"
+    )
+
+
+def checked(population: Population, work: Callable[[], Any]) -> list:
+    """
+    *Collective.* As `do_together`, for what is wrong with a checkpoint.
+
+    Raises:
+        InvalidCheckpoint: the same on every process.
+    """
     result, problem = None, None
     try:
         result = work()
-    except (InvalidCheckpoint, OSError) as error:
-        problem = str(error)
+    except (ValueError, OSError) as error:
+        problem = str(error).rstrip(".")
     outcomes = population.gather_processes((result, problem))
     problem = next((text for _, text in outcomes if text is not None), None)
     if problem is not None:
-        raise ValueError(f"Cannot resume: {problem}.")
+        raise InvalidCheckpoint(f"Cannot resume: {problem}.")
     return [value for value, _ in outcomes]
 
 
@@ -379,42 +323,90 @@ def as_architecture(listing: list) -> list[tuple]:
     return [(name, tuple(shape), dtype, trained) for name, shape, dtype, trained in listing]
 
 
-def _folders(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+def _written_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name, tied ones once."""
+    names = set(model.state_dict())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor for name, tensor in tensors.items() if name in names}
 
 
-def read_weights(member: nn.Module, path: Path) -> None:
+def check_weights(member: nn.Module, paths: Sequence[Path]) -> None:
+    """
+    Check that files hold a member's tensors, all of them and no others, of their shapes and dtypes. No value is read.
+
+    Raises:
+        InvalidCheckpoint: naming the first tensor that is wrong. A buffer may have another shape: some grow.
+    """
+    own, buffers = _written_tensors(member), {name for name, _ in member.named_buffers()}
+    found: set[str] = set()
+    for path in paths:
+        try:
+            specs = open_member(path, 0).specs
+        except ValueError as error:
+            raise InvalidCheckpoint(str(error).rstrip(".")) from error
+        for name, (shape, dtype) in specs.items():
+            if name not in own:
+                raise InvalidCheckpoint(f"`{path}` holds `{name}`, which the model has not")
+            for what, theirs, ours in (("shape", shape, tuple(own[name].shape)), ("dtype", dtype, own[name].dtype)):
+                if theirs != ours and not (what == "shape" and name in buffers):
+                    raise InvalidCheckpoint(f"`{path}` holds `{name}` of {what} {theirs}, the model's is {ours}")
+        found |= specs.keys()
+    missing = sorted(own.keys() - found)
+    if missing:
+        raise InvalidCheckpoint(f"`{paths[0]}` lacks `{missing[0]}`")
+
+
+def read_weights(member: nn.Module, *paths: Path) -> None:
     """
     Load what [`own_tensors`] gave into a member, in place.
 
     Raises:
-        InvalidCheckpoint: for a tensor that the member has not, or has in another shape.
+        InvalidCheckpoint: as [`check_weights`], before anything has been changed.
     """
-    tensors = load_file(path)
-    grow_buffers(member, tensors)
-    own = {**dict(member.named_parameters()), **dict(member.named_buffers())}
-    with torch.no_grad():
-        for name, value in tensors.items():
-            if name not in own:
-                raise InvalidCheckpoint(f"`{path}` holds `{name}`, which the model has not")
-            if own[name].shape != value.shape:
-                raise InvalidCheckpoint(
-                    f"`{path}` holds `{name}` of shape {tuple(value.shape)}, the model's is {tuple(own[name].shape)}"
-                )
-            own[name].copy_(value)
+    check_weights(member, paths)
+    for path in paths:
+        tensors = load_file(path)
+        grow_buffers(member, tensors)
+        own = _written_tensors(member)
+        with torch.no_grad():
+            for name, value in tensors.items():
+                own[name].copy_(value)
 
 
-def read_training(folder: Path) -> tuple[dict[str, Any], Any]:
+def read_training(folder: Path, streams: RandomStreams) -> tuple[dict[str, Any], dict[str, Any]]:
     """
-    A member's optimizer, scheduler and scaler states, and its encoded streams.
+    A member's optimizer, scheduler and scaler states, and its random streams.
+
+    Args:
+        folder (`Path`): `member_<i>/` of a checkpoint.
+        streams ([`RandomStreams`]): Those that are to take the streams.
 
     Raises:
-        InvalidCheckpoint: if the checkpoint was written with `save_only_model`.
+        InvalidCheckpoint: if the checkpoint was written with `save_only_model`, or its files hold something else.
     """
-    if not (folder / OPTIMIZER).is_file():
+    path = folder / OPTIMIZER
+    if not path.is_file():
         raise InvalidCheckpoint(f"`{folder}` has weights only (`save_only_model`), so training cannot go on from it")
-    training = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-    return training, json.loads((folder / STREAMS).read_text(encoding="utf-8"))
+    try:
+        training = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's own would have it read again with any code that is in it
+        refused = isinstance(error, pickle.UnpicklingError)
+        what = "what is no tensor, number or container of these" if refused else "no state of an optimizer"
+        raise InvalidCheckpoint(f"`{path}` holds {what}, so it is not read: it may run code") from None
+    must = {"groups": list, "state": dict, "scheduler": dict, "loss": float}
+    if not isinstance(training, dict) or not all(isinstance(training.get(name), kind) for name, kind in must.items()):
+        raise InvalidCheckpoint(f"`{path}` holds no state of an optimizer")
+    try:
+        decoded = decode_streams(json.loads((folder / STREAMS).read_text(encoding="utf-8")))
+        loader = decoded["loader"]
+        for state in (decoded["streams"], loader["epoch_start"], loader["before_upcoming"]):
+            if state is not None:
+                streams.check(state)
+        if decoded["streams"] is None or loader["epoch_start"] is None:
+            raise ValueError("they are missing")
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise InvalidCheckpoint(f"`{folder / STREAMS}` holds no random streams ({error})") from error
+    return training, decoded
 
 
 # ---- States of a member among others' ------------------------------------------------------------------------------
@@ -466,8 +458,19 @@ def put_together(optimizer, scheduler, members: Mapping[int, nn.Module], parts: 
         parts (`Mapping[int, dict]`): What was cut out of each.
 
     Raises:
-        InvalidCheckpoint: if a member's parameter groups are not those that were saved.
+        InvalidCheckpoint: if a member's parameter groups are not those that were saved, or nothing that these take.
     """
+    try:
+        _put_together(optimizer, scheduler, members, parts)
+    except InvalidCheckpoint:
+        raise
+    except Exception as error:  # whatever torch makes of another optimizer's state
+        raise InvalidCheckpoint(
+            f"the state of the optimizer or of the learning rates is none that this run's take ({error!r})"
+        ) from error
+
+
+def _put_together(optimizer, scheduler, members: Mapping[int, nn.Module], parts: Mapping[int, dict[str, Any]]) -> None:
     packed = optimizer.state_dict()
     packed["state"] = {}
     remaining = {index: iter(part["groups"]) for index, part in parts.items()}
@@ -478,6 +481,11 @@ def put_together(optimizer, scheduler, members: Mapping[int, nn.Module], parts: 
         own_names = [names[p][1] for p in group["params"]]
         if saved is None or saved["names"] != own_names:
             raise InvalidCheckpoint(f"the optimizer of member {index} groups its parameters in another way")
+        foreign = sorted(set(saved) - set(group) - {"names"})
+        if foreign:
+            raise InvalidCheckpoint(
+                f"the optimizer of member {index} was of another kind (`optim`): this run's has no `{foreign[0]}`"
+            )
         packed_group.update({name: value for name, value in saved.items() if name != "names"})
         for name, number in zip(own_names, packed_group["params"], strict=True):
             if name in parts[index]["state"]:

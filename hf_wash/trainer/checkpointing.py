@@ -4,23 +4,29 @@
 How it is written so that it appears whole, and read back, is `checkpoint`'s work.
 """
 
+import contextlib
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 from transformers.utils import logging
 
 from .. import __version__
 from ..architecture import describe_architecture, first_difference
 from ..population import MemberOverrides, copy_member
 from . import checkpoint as checkpoints
+from . import options
 from .log import MemberLog
 from .part import Part
+from .run_folder import FolderInUse, RunFolder, new_run
+from .served_soup import NonFiniteMemberError
 
 
 logger = logging.get_logger(__name__)
@@ -28,6 +34,78 @@ logger = logging.get_logger(__name__)
 
 class Checkpointing(Part):
     """The part of a population's Trainer that writes checkpoints and resumes from them."""
+
+    # ---- One run in a folder ---------------------------------------------------------------------------------------
+
+    def train(self, *args, **kwargs):
+        """As the Trainer's, while no other run writes to `output_dir`."""
+        with self._alone_in_folder() as folder:
+            self._begin_run(folder)
+            return super().train(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _alone_in_folder(self) -> Iterator[RunFolder]:
+        """*Collective.* Hold the output folder for the length of a block. A `FolderInUse`, everywhere, if another does."""
+        folder, problem = RunFolder(self.args.output_dir), None
+        try:
+            if self.args.should_save:
+                try:
+                    folder.enter()
+                except (FolderInUse, OSError) as error:
+                    problem = str(error)
+            problem = next((text for text in self.population.gather_processes(problem) if text is not None), None)
+            if problem is not None:
+                raise FolderInUse(f"Cannot train: {problem}.")
+            yield folder
+        finally:
+            folder.leave()
+
+    def _begin_run(self, folder: RunFolder) -> None:
+        """*Collective.* The run's identity; on the main process a word on what else is in its folder."""
+        self._run = (
+            self._resume["manifest"]["run"] if self._resume is not None else self.population.broadcast(new_run())
+        )
+        folder.tell(self._run)
+        if not self.is_world_process_zero():
+            return
+        logger.info(f"This is run {self._run}.")
+        others = {run: found for run, found in checkpoints.runs_in(self.args.output_dir).items() if run != self._run}
+        if others and self.args.save_strategy != SaveStrategy.NO:
+            listing = ", ".join(f"run {run[:8]} up to `{found[0].name}`" for run, found in others.items())
+            logger.warning(
+                f"`{self.args.output_dir}` holds checkpoints of another run ({listing}). They stay, but one of a step at "
+                f"which this run, {self._run[:8]}, saves is replaced, and to go on from this folder later the "
+                "checkpoint has to be named. An `output_dir` of its own is safer."
+            )
+
+    def _rotate(self, run_dir: str, limit: int | None, keep_newest: bool = True) -> None:
+        """Delete this run's oldest checkpoints above a limit, but not the best, and no other run's."""
+        if not self.args.should_save or limit is None or limit <= 0:
+            return
+        own = {str(path) for path in checkpoints.runs_in(run_dir).get(self._run or "", [])}
+        found = [path for path in sort_checkpoints(run_dir, use_mtime=True) if path in own]
+        kept = {str(Path(self.state.best_model_checkpoint))} if self.state.best_model_checkpoint is not None else set()
+        if keep_newest:
+            kept |= set(found[-1:])
+        removable = [path for path in found if path not in kept]
+        for path in removable[: max(0, len(found) - max(limit, len(kept)))]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _finalize_training(self, *args, **kwargs):
+        # With a limit of 1 the Trainer deletes all checkpoints in the folder but the best, whosever they are (5.23).
+        limit = self.args.save_total_limit
+        best_alone = limit == 1 and self.state.best_model_checkpoint is not None
+        if best_alone:
+            self.args.save_total_limit = None
+        try:
+            result = super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        if best_alone:
+            self._rotate(self._get_output_dir(trial=None), limit, keep_newest=False)
+        return result
+
+    # ---- Write -----------------------------------------------------------------------------------------------------
 
     def _node(self) -> int:
         """The machine whose folder this process writes to; one for all without `save_on_each_node`."""
@@ -61,7 +139,12 @@ class Checkpointing(Part):
             )
 
     def _save_checkpoint(self, model, trial) -> None:
-        """*Collective.* A whole population checkpoint, or none."""
+        """
+        *Collective.* A whole population checkpoint, or none.
+
+        Raises:
+            NonFiniteMemberError: on every process, if a member holds NaN or infinite values: nothing can go on from it.
+        """
         self.store_flos()
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -72,16 +155,19 @@ class Checkpointing(Part):
             if best == self.state.global_step or exists:
                 self.state.best_model_checkpoint = best_folder
         with self._as_soup():
+            if self.soup.left_out:
+                raise NonFiniteMemberError(
+                    self.soup.left_out,
+                    self.state.global_step,
+                    "so no checkpoint is written, and those before stay as they are. Resume from the last one "
+                    '(`resume_from_checkpoint="auto"`) with a lower learning rate or clipped gradients. Without '
+                    'checkpoints (`save_strategy="no"`) the other members train on, and the soup leaves out what is '
+                    "not finite.",
+                )
             self._write_checkpoint(folder)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=run_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+        self._rotate(run_dir, self.args.save_total_limit)
 
     def _write_checkpoint(self, folder: Path) -> None:
         def write_soup(staging: Path) -> dict[str, torch.Tensor]:
@@ -125,7 +211,7 @@ class Checkpointing(Part):
 
     def _training_state(self, slot: int, index: int, whole: nn.Module) -> tuple[dict, Any]:
         training = checkpoints.cut_out(self.optimizer, self.lr_scheduler, whole, index)
-        training["loss"] = self._log.losses[slot].item()
+        training["loss"], training["skipped"] = self._log.losses[slot].item(), list(self._log.skipped[slot])
         if self.accelerator.scaler is not None:
             training["scaler"] = self.accelerator.scaler.state_dict()
         streams = {"streams": self.population.streams.state(index), "loader": self._batches.loaders[slot].state()}
@@ -133,18 +219,18 @@ class Checkpointing(Part):
 
     def _manifest(self) -> dict[str, Any]:
         args, moved = self.args, self.mixing.state()
-        names = ["mixing", "shuffle_probability", "shuffle_schedule", "shuffle_optimizer_state", "shuffle_interval"]
-        names += ["shuffle_start", "shuffle_stop", "same_init", "member_data", "data_seed", "soup"]
         return {
             "hf_wash_version": __version__,
+            "run": self._run,
             "step": self.state.global_step,
+            "finite": True,  # or it would not have been written
             "total_steps": self._total_steps,
             "epoch": self._batches.epoch,
             "position": self._batches.position,
             "population_size": self.population.size,
             "seed": args.seed,
             "probability": self.mixing.probability,
-            "options": {name: getattr(args, name) for name in names},
+            **options.recorded(args),
             "overrides": [overrides.describe() for overrides in self._overrides],
             "values_moved": moved["values_moved"],
             "bytes_exchanged": moved["bytes_exchanged"],
@@ -162,11 +248,15 @@ class Checkpointing(Part):
         if not requested:
             return None
         found = checkpoints.resolve(self.population, self.args.output_dir, requested, leads=self.args.should_save)
+        main = self.population.rank == 0
         if found is None:
+            if main:
+                logger.warning(f"There is no complete checkpoint in `{self.args.output_dir}`: a new run begins.")
             return None
         folder, manifest = found
         self._adopt(manifest, folder)
-        logger.info(f"Resuming from `{folder}`.")
+        if main:
+            logger.warning(f"Resuming from `{folder}` (step {manifest['step']} of run {manifest['run'][:8]}).")
         self._resume = {"folder": folder, "manifest": manifest, "streams": []}
         return folder
 
@@ -188,13 +278,30 @@ class Checkpointing(Part):
             raise ValueError(
                 f"Cannot resume: `{folder}` was shuffled with seed {manifest['seed']}, this run's is {self.args.seed}."
             )
-        changed = [
-            f"{name} was {value!r} and is {getattr(self.args, name)!r}"
-            for name, value in manifest["options"].items()
-            if getattr(self.args, name) != value
-        ]
-        if changed:
-            logger.warning(f"Resuming with other options than `{folder}` was written with: {'; '.join(changed)}.")
+        self._compare_options(manifest, folder)
+
+    def _compare_options(self, manifest: dict[str, Any], folder: str) -> None:
+        saved = {**manifest["options"], **manifest.get("arguments", {})}
+        frozen = any(not parameter.requires_grad for parameter in self.population.wholes[0].parameters())
+        if saved.get("same_init") is False and self.args.same_init and frozen:
+            raise ValueError(
+                f"Cannot resume: `{folder}` was written with `same_init=False`, so each member has frozen weights of its "
+                "own, and with `same_init=True` they would share one member's."
+            )
+        before, now = (
+            saved.get("lr_scheduler_type"),
+            str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)),
+        )
+        if before not in (None, now) and {str(before), now} & set(options.SCHEDULERS_WITH_STATE):
+            raise ValueError(
+                f"Cannot resume: `{folder}` was written with `lr_scheduler_type={before!r}`, whose state `{now}` cannot take."
+            )
+        effective, without = options.compare(manifest, self.args, self._overrides)
+        if (effective or without) and self.population.rank == 0:
+            told = [f"Taking effect from here on: {'; '.join(effective)}."] if effective else []
+            if without:
+                told.append(f"Without effect, since the checkpoint brings what it was: {'; '.join(without)}.")
+            logger.warning(f"Resuming with other options than `{folder}` was written with. {' '.join(told)}")
 
     def _adopt_size(self, size: int, folder: str) -> None:
         if self.args.population_size is not None or self._trainings:
@@ -213,27 +320,55 @@ class Checkpointing(Part):
             self.call_model_init()
         self._become(self.population.members[0])
 
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        # Trainer (5.23) compares a part of the run (`logging_steps=0.05`) with the steps a checkpoint has made of it,
+        # finds that they differ, and warns.
+        in_steps, given = TrainerState(), dict(self.args.__dict__)
+        in_steps.compute_steps(self.args, max_steps)
+        names = ("logging_steps", "eval_steps", "save_steps")
+        self.args.__dict__.update({name: getattr(in_steps, name) for name in names if given[name] is not None})
+        try:
+            return super()._init_training_state(max_steps, *args, **kwargs)
+        finally:
+            self.args.__dict__.update(given)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
-        frozen = folder / checkpoints.FROZEN
+        frozen = [path] if (path := folder / checkpoints.FROZEN).is_file() else []
         _ = self.members  # made here, if they are not there yet
-        for index, whole in zip(self.population.indices, self.population.wholes, strict=True):
-            checkpoints.read_weights(whole, folder / f"member_{index}" / checkpoints.MEMBER_WEIGHTS)
-            if frozen.is_file():
-                checkpoints.read_weights(whole, frozen)
+        files = {
+            index: [folder / f"member_{index}" / checkpoints.MEMBER_WEIGHTS, *frozen]
+            for index in self.population.indices
+        }
+        wholes = dict(zip(self.population.indices, self.population.wholes, strict=True))
+
+        def check() -> None:
+            for index, whole in wholes.items():
+                checkpoints.check_weights(whole, files[index])
+
+        def read() -> None:
+            for index, whole in wholes.items():
+                checkpoints.read_weights(whole, *files[index])
+
+        # No member takes anything before all of all processes can.
+        checkpoints.checked(self.population, check)
+        checkpoints.checked(self.population, read)
         self.soup.forget()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        parts = {}
-        for index in self.population.indices:
-            training, streams = checkpoints.read_training(Path(checkpoint) / f"member_{index}")
-            parts[index] = training
-            self._resuming["streams"].append(checkpoints.decode_streams(streams))
-        self._resuming["parts"] = parts
-        wholes = dict(zip(self.population.indices, self.population.wholes, strict=True))
-        checkpoints.put_together(self.optimizer, self.lr_scheduler, wholes, parts)
+        resume, indices = self._resuming, self.population.indices
+
+        def read() -> None:
+            folders = [Path(checkpoint) / f"member_{index}" for index in indices]
+            found = [checkpoints.read_training(folder, self.population.streams) for folder in folders]
+            resume["parts"] = {index: training for index, (training, _) in zip(indices, found, strict=True)}
+            resume["streams"] = [streams for _, streams in found]
+            wholes = dict(zip(indices, self.population.wholes, strict=True))
+            checkpoints.put_together(self.optimizer, self.lr_scheduler, wholes, resume["parts"])
+
+        checkpoints.checked(self.population, read)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.accelerator.scaler is None:
@@ -247,12 +382,36 @@ class Checkpointing(Part):
         return
 
     def _continue_from(self, resume: dict[str, Any], epoch: int, placeholders: int) -> None:
+        self._batches.resume_at(epoch, placeholders, resume["manifest"], resume["streams"])
+        self._count_on(resume)
+
+    def _count_on(self, resume: dict[str, Any]) -> None:
         manifest, parts = resume["manifest"], resume["parts"]
-        self._batches.resume_at(epoch, placeholders, manifest, resume["streams"])
         window = manifest["log_window"]
         self.mixing.resume(manifest["values_moved"], manifest["bytes_exchanged"], window["moved"])
         self._globalstep_last_logged = window["since"]
-        self._log = MemberLog(self.population, [parts[index]["loss"] for index in self.population.indices])
+        own = [parts[index] for index in self.population.indices]
+        skipped = [part.get("skipped", (0, 0)) for part in own]  # older versions did not say
+        self._log = MemberLog(self.population, [part["loss"] for part in own], skipped)
+
+    def _stops_because_finished(self) -> bool:
+        """Stop if the checkpoint that this run goes on from is its last: the loop would take one more step (5.23)."""
+        finished = self._resume is not None and self.state.global_step >= self.state.max_steps
+        if finished:
+            self.control.should_training_stop = True
+        return finished
+
+    def _finish_without_training(self) -> None:
+        """What a run that had nothing left to do hands out is its last checkpoint's."""
+        resume, self._resume = self._resume, None
+        if resume is None:
+            return
+        self._count_on(resume)
+        if self.is_world_process_zero():
+            logger.warning(
+                f"The run of `{resume['folder']}` is finished ({self.state.global_step} of {self.state.max_steps} steps): "
+                "nothing is trained."
+            )
 
     def _load_best_model(self) -> None:
         """*Collective.* Members and soup of the best checkpoint."""

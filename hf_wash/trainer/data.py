@@ -6,7 +6,7 @@ with a batch is the trainer's business.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -289,3 +289,12 @@ def _choose(dataset: Any, indices: Sequence[int]) -> Any:
 def has_labels(batch: Any, names: list[str]) -> bool:
     """Whether a batch has labels, as far as that can be told."""
     return any(batch.get(name) is not None for name in names) if hasattr(batch, "get") else True
+
+
+def how_many(data: Any) -> Any:
+    """The number of examples, by name where there are several sets."""
+    if isinstance(data, Mapping):
+        return {name: how_many(part) for name, part in data.items()}
+    if data is None:
+        return "no data set"
+    return len(data) if has_length(data) else "a stream"

@@ -13,8 +13,10 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from ..population.agreement import check_agreement
 from . import evaluation
-from .member import as_member
+from .data import how_many
+from .member import Member, as_member, without_a_trace
 from .part import Part
 
 
@@ -25,7 +27,8 @@ class Evaluating(Part):
     """The part of a population's Trainer that evaluates and predicts."""
 
     _evaluating: bool
-    _beside: tuple[evaluation.BesideTheSoup, list[nn.Module]] | None  # and the members as they are evaluated
+    # And the members as they are evaluated: prepared, and in the Trainer's place.
+    _beside: tuple[evaluation.BesideTheSoup, list[nn.Module], list[Member]] | None
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """
@@ -39,7 +42,7 @@ class Evaluating(Part):
             `dict[str, float]`: `eval_<metric>` of the soup, `eval_ensemble_<metric>` (mean of probabilities),
             `eval_member_<i>_<metric>`, and `eval_members_<metric>_mean`, `_min`, `_max`; `<metric>` includes `loss`.
         """
-        with self._as_soup():
+        with self._told_to_all(), self._as_soup():
             before, self._evaluating = self._evaluating, True
             try:
                 return super().evaluate(*args, **kwargs)
@@ -48,7 +51,7 @@ class Evaluating(Part):
 
     def predict(self, *args, **kwargs):
         """The soup's predictions. Call on every process."""
-        with self._as_soup():
+        with self._told_to_all(), self._as_soup():
             return super().predict(*args, **kwargs)
 
     def evaluation_loop(
@@ -72,8 +75,10 @@ class Evaluating(Part):
             self._ensemble_loss,
             keep=compute_metrics is not None,
             preprocess=self.preprocess_logits_for_metrics,
+            left_out=self.soup.left_out,
         )
-        self._beside = beside, self._members_for_evaluation()
+        check_agreement(self.population, {"examples to evaluate on": how_many(getattr(dataloader, "dataset", None))})
+        self._beside = beside, self._members_for_evaluation(), []
         try:
             output = super().evaluation_loop(dataloader, *options)
         finally:
@@ -92,7 +97,7 @@ class Evaluating(Part):
 
         members = self.population.gather([summarize(own) for own in beside.members])
         ensemble = summarize(beside.ensemble) if beside.ensemble.batches else None
-        metrics = evaluation.population_metrics(members, ensemble)
+        metrics = evaluation.population_metrics(members, ensemble, self.soup.left_out)
         metrics["consensus_distance"] = self.soup.consensus_distance
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         # Rank 0's for all: a user's `compute_metrics` may be anything.
@@ -100,12 +105,15 @@ class Evaluating(Part):
 
     def prediction_step(self, model: nn.Module, inputs, prediction_loss_only: bool, *args, **kwargs):
         """The soup's prediction for a batch and, in an evaluation, each member's beside it."""
+        self._note_size_of_last_batch(inputs)
         if self._beside is None:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
-        beside, models = self._beside
+        beside, models, members = self._beside
         result = super().prediction_step(model, copy.copy(inputs), prediction_loss_only, *args, **kwargs)
+        if not members:  # a Trainer may make its measures when it first needs them, and then they are the soup's
+            members += [without_a_trace(self, member) for member in self.members]
         results = []
-        for member, prepared in zip(self.members, models, strict=True):
+        for member, prepared in zip(members, models, strict=True):
             with self.population.streams.use(member.index), as_member(self, member):
                 self.data_collator = self.soup.member.data_collator
                 own = super().prediction_step(prepared, copy.copy(inputs), not beside.needs_logits, *args, **kwargs)
@@ -123,10 +131,16 @@ class Evaluating(Part):
     def _advance_streams(self) -> None:
         # Iterating over a data loader draws its base seed from the global generator (torch 2.15), so a plain run's
         # stream moves on by one draw with each evaluation; so must the members'.
-        if self.is_in_train:
-            for index in self.population.indices:
-                with self.population.streams.use(index):
-                    torch.empty((), dtype=torch.int64).random_()
+        for index in self.population.indices:
+            with self.population.streams.use(index):
+                torch.empty((), dtype=torch.int64).random_()
+
+    def _note_size_of_last_batch(self, inputs) -> None:
+        # Where one process deals a stream's batches, as in a plain Trainer, accelerate (1.15) finds out how many examples
+        # the last has; else its loss counts as that of a whole batch.
+        state, dispatch = self.accelerator.gradient_state, self.args.accelerator_config.dispatch_batches
+        if state.end_of_dataloader and state.remainder < 0 and dispatch is not False:
+            state.active_dataloader.remainder = find_batch_size(inputs) or -1
 
     def _members_for_evaluation(self) -> list[nn.Module]:
         models = [member.prepare(self.accelerator) for member in self.members]

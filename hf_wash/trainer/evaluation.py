@@ -4,7 +4,8 @@ Metrics of each member and of the ensemble beside the soup's, the same on every 
 The soup's are the Trainer's own. How a member predicts a batch, and what its loss is, is passed in.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,25 +128,31 @@ def _as_tensors(value):
     return torch.from_numpy(np.asarray(value))
 
 
-def population_metrics(members: Sequence[dict[str, float]], ensemble: dict[str, float] | None) -> dict[str, float]:
+def population_metrics(
+    members: Sequence[dict[str, float]], ensemble: dict[str, float] | None, left_out: Collection[int] = ()
+) -> dict[str, float]:
     """
     Keys for the members and the ensemble, beside the soup's: `ensemble_<metric>`, `member_<i>_<metric>` and
-    `members_<metric>_mean`, `_min`, `_max`.
+    `members_<metric>_mean`, `_min`, `_max`, which are NaN if a member's is; `member_<i>_left_out`, 1, for those that are
+    in none of these three because they are not finite themselves.
 
     Args:
         members (`Sequence[dict]`): Each member's metrics, in member order.
         ensemble (`dict`, *optional*): The ensemble's.
+        left_out (`Collection[int]`, *optional*): The members that are not finite.
     """
     metrics = {f"ensemble_{name}": value for name, value in (ensemble or {}).items()}
     for index, member in enumerate(members):
         metrics |= {f"member_{index}_{name}": value for name, value in member.items()}
-    for name in members[0]:
-        values = [member[name] for member in members if isinstance(member.get(name), (int, float))]
-        if len(values) == len(members):
+    together = [member for index, member in enumerate(members) if index not in left_out]
+    for name in together[0]:
+        values = [member[name] for member in together if isinstance(member.get(name), (int, float))]
+        if len(values) == len(together):
+            unknown = any(math.isnan(value) for value in values)
             metrics[f"members_{name}_mean"] = sum(values) / len(values)
-            metrics[f"members_{name}_min"] = min(values)
-            metrics[f"members_{name}_max"] = max(values)
-    return metrics
+            metrics[f"members_{name}_min"] = math.nan if unknown else min(values)
+            metrics[f"members_{name}_max"] = math.nan if unknown else max(values)
+    return metrics | {f"member_{index}_left_out": 1 for index in sorted(left_out)}
 
 
 def ensemble_kind(model: Any) -> str | None:
@@ -208,6 +215,7 @@ class BesideTheSoup:
         ensemble_loss (`Callable`): From the ensemble's logits and the labels to its loss, a scalar.
         keep (`bool`): Whether predictions are kept.
         preprocess (`Callable`, *optional*): From logits and labels to what is kept of the logits.
+        left_out (`Collection[int]`, *optional*): Members that are not in the ensemble, since they are not finite.
     """
 
     def __init__(
@@ -217,9 +225,11 @@ class BesideTheSoup:
         ensemble_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         keep: bool,
         preprocess: Callable | None,
+        left_out: Collection[int] = (),
     ):
         self._population, self._kind, self._ensemble_loss = population, kind, ensemble_loss
         self._keep, self._preprocess = keep, preprocess
+        self._together = [index for index in range(population.size) if index not in left_out]
         self.members = [Predictions() for _ in population.members]
         self.ensemble = Predictions()
         self._batches = 0
@@ -245,7 +255,8 @@ class BesideTheSoup:
         if self._kind is None or any(logits is None for _, logits, _ in results):
             return
         own = torch.stack([logits.detach().contiguous() for _, logits, _ in results])
-        mean = mean_prediction(self._population.gather_tensors(own).cpu().double(), self._kind).float()
+        everyone = self._population.gather_tensors(own).cpu().double()
+        mean = mean_prediction(everyone[self._together], self._kind).float()
         loss = self._ensemble_loss(mean, labels) if isinstance(labels, torch.Tensor) else None
         self._store(self.ensemble, index, size, loss, mean, results[0][2], inputs)
 

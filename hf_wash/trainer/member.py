@@ -9,7 +9,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -102,18 +102,8 @@ class MemberAccelerator:
 def _of_one_process(arguments_class: type) -> type:
     """The class of a member's arguments: its own processes are one, and that one writes its files."""
 
-    def as_saved(self):
-        plain = copy.copy(vars(self))
-        return _restore, (arguments_class, plain)
-
-    own = {"process_index": 0, "local_process_index": 0, "world_size": 1, "should_save": True, "__reduce__": as_saved}
-    return type(arguments_class.__name__, (arguments_class,), own)
-
-
-def _restore(arguments_class: type, state: dict[str, Any]) -> Any:
-    restored = object.__new__(arguments_class)
-    vars(restored).update(state)
-    return restored
+    own = {"process_index": 0, "local_process_index": 0, "world_size": 1, "should_save": True}
+    return type(arguments_class.__name__, (arguments_class,), {**own, "_pickled_as": arguments_class})
 
 
 def arguments_of_member(args: TrainingArguments, **own: Any) -> Any:
@@ -227,6 +217,32 @@ def whole_of(model: nn.Module, around: dict[str, Any]) -> nn.Module:
         modules |= value if isinstance(value, dict) else {name: value}
     modules = {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
     return Whole(model, modules) if modules else model
+
+
+def without_a_trace(trainer: Any, member: Member) -> Member:
+    """
+    The member, such that what it counts while it is in place is dropped: numbers that a Trainer keeps as attributes of
+    its own, scalar tensors, and lists and dictionaries of them. What it then counts is the soup's alone.
+    """
+    counted = {name: _copy_of_counted(value) for name, value in vars(trainer).items() if _is_counted(value)}
+    return replace(member, around={**counted, **member.around})
+
+
+def _is_counted(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_counted(item) for item in value.values())
+    return all(_is_number(item) for item in value) if isinstance(value, list) else _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.dim() == 0)
+
+
+def _copy_of_counted(value: Any) -> Any:
+    copied = value.detach().clone() if isinstance(value, torch.Tensor) else copy.copy(value)
+    if isinstance(copied, dict):
+        copied.update({name: _copy_of_counted(item) for name, item in value.items()})
+    return copied
 
 
 # What `as_member` puts in place beside the modules around the model; `None` for the smoother means none.

@@ -3,8 +3,9 @@
 
 Each seam of the [`~transformers.Trainer`] is a few lines here and calls `super()` for each member, or for the soup.
 What takes more is a service that holds no trainer: `member`, `data`, `mixing_run`, `log`, `served_soup`, `evaluation`,
-`checkpoint`, `refusals`. The seams by which members are made (`populating`), the soup is served (`serving`), and those
-of evaluation, checkpoints and publishing have files of their own; what they share is said in `part`.
+`checkpoint`, `dry_run`, `refusals`. The seams by which members are made (`populating`), a run is tried out
+(`checking`), the soup is served (`serving`), and those of evaluation, checkpoints and publishing have files of their
+own; what they share is said in `part`.
 """
 
 import atexit
@@ -21,31 +22,26 @@ import torch.distributed as dist
 from torch import nn
 from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
-from transformers.trainer_utils import (
-    has_length,
-)
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from ..architecture import describe_architecture
 from ..hub.export import writing_here
 from ..hub.push import LOCAL_MEMBERS
 from ..population import MemberOverrides, copy_member
-from ..population.agreement import (
-    check_agreement,
-    weights_digest,
-)
+from ..population.agreement import check_agreement
+from ..population.failures import known_to_all
 from . import refusals
+from .agreeing import Agreeing
+from .checking import Checking
 from .checkpointing import Checkpointing
-from .data import MemberBatches, MemberLoader, MembersLoader, has_labels, hold_out, shard_for_member
+from .data import MemberBatches, MemberLoader, MembersLoader, hold_out, shard_for_member
 from .evaluating import Evaluating
 from .log import MemberLog
-from .member import (
-    LocalMembers,
-    as_member,
-)
+from .member import LocalMembers, as_member
 from .mixing_run import MixingRun
 from .populating import Populating
 from .publishing import Publishing
+from .requests import Requests
 from .served_soup import ServedSoup
 from .serving import Serving
 
@@ -65,7 +61,7 @@ def _end_process_group_at_exit() -> None:
     atexit.register(end)
 
 
-class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing):
+class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Checkpointing, Publishing):
     """
     Makes a population of any [`~transformers.Trainer`]: put it in front of the Trainer, and [`PopulationArguments`] in
     front of its arguments.
@@ -106,24 +102,27 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
     ```
     """
 
-    # Ways of computing a loss that leave it to the model.
-    _losses_of_models: tuple = (Trainer.compute_loss,)
-
     # ---- Build -----------------------------------------------------------------------------------------------------
 
     def __init__(self, *args, members: list[MemberOverrides] | None = None, **kwargs):
         given = self._arguments_by_name(args, kwargs)
         config: Any = given.get("args")
-        model = given.get("model")
         refusals.refuse_trainer(type(self))
         refusals.refuse_args(config)
+        self.args = config
+        with self._told_to_all():
+            self._build_population(given, members, lambda: super(PopulationMixin, self).__init__(*args, **kwargs))
+
+    def _build_population(
+        self, given: dict[str, Any], members: list[MemberOverrides] | None, make_trainer: Callable
+    ) -> None:
+        config, model = self.args, given.get("model")
         refusals.refuse_settings(config, model)
         size = config.population_size or (config.world_size if config.world_size > 1 else DEFAULT_POPULATION_SIZE)
         refusals.refuse_for_several(config, size, model, given.get("optimizers") or (None, None))
         if members is not None and len(members) != size:
             raise ValueError(f"`members` lists {len(members)} members, but the population has {size}.")
         _end_process_group_at_exit()
-        self.args = config
         self.population = self._empty_population(size)
         self._overrides = members if members is not None else [MemberOverrides() for _ in range(size)]
         self._members = None
@@ -138,8 +137,10 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
 
         # Trainer's own just-in-time checkpointing saves at different steps on different processes.
         jit_checkpoint, config.enable_jit_checkpoint = config.enable_jit_checkpoint, False
-        super().__init__(*args, **kwargs)
-        config.enable_jit_checkpoint = jit_checkpoint
+        try:
+            make_trainer()
+        finally:
+            config.enable_jit_checkpoint = jit_checkpoint
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             which = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
             raise ValueError(
@@ -205,56 +206,6 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         """Examples in one optimizer step of one member."""
         return self._train_batch_size * args.gradient_accumulation_steps
 
-    def _check_data(self) -> None:
-        if self._holds_out:
-            data = [overrides.train_dataset for overrides in self._overrides] + [self.train_dataset]
-            lengths = {len(own) if has_length(own) else None for own in data if own is not None}
-            if len(lengths) > 1:
-                raise ValueError(
-                    "`soup='greedy'` holds out the same examples of every member's training set, by their position, "
-                    f"so those must be views of one set; they have {len(lengths)} different lengths."
-                )
-        for index in self.population.indices:
-            data = self._data_of(index)
-            if data is None and self._makes_its_own_loader():
-                continue
-            if data is None:
-                raise ValueError("Training needs a `train_dataset`.")
-            if has_length(data) and len(data) == 0:
-                raise ValueError(f"The training set of member {index} is empty.")
-        self._check_labels()
-
-    def _makes_its_own_loader(self) -> bool:
-        own: Any = type(self)
-        return own.get_train_dataloader is not Trainer.get_train_dataloader
-
-    def _check_labels(self) -> None:
-        """Find out before training that there are no labels, where the loss is the model's own and needs them."""
-        if (
-            type(self).compute_loss not in self._losses_of_models
-            or self._makes_its_own_loader()
-            or self.compute_loss_func is not None
-        ):
-            return
-        if self.can_return_loss or not self.label_names:
-            return
-        streams = self.population.streams
-        for member in self.members:
-            if not has_length(member.train_dataset):
-                continue
-            before = streams.capture()
-            try:
-                with as_member(self, member):
-                    loader = self.get_train_dataloader()
-                    batch = loader.collate_fn([loader.dataset[0]])
-            finally:
-                streams.restore(before)
-            if not has_labels(batch, self.label_names):
-                raise ValueError(
-                    f"The training set of member {member.index} has no labels: a batch has none of "
-                    f"{', '.join(self.label_names)}."
-                )
-
     # ---- Begin a run -----------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None, **kwargs):
@@ -272,31 +223,32 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
             ValueError: for data that cannot be trained on, and for a checkpoint that is damaged or belongs to another
                 population.
         """
-        _ = self.members  # made here, while the Trainer's model is still the first member
-        self._bring_members_up_to_date()
-        self._check_data()
-        self._check_export_folder()
-        resume_from_checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
-        self._check_output_folder()
-        self._trainings += 1
-        self.soup.served = False
-        first = self.population.members[0]
-        for member in self.population.members[1:]:
-            # What was frozen through `trainer.model` holds for all.
-            for ours, theirs in zip(first.parameters(), member.parameters(), strict=True):
-                theirs.requires_grad_(ours.requires_grad)
-        self._become(first, self.members[0])
+        with self._told_to_all():
+            _ = self.members  # made here, while the Trainer's model is still the first member
+            self._bring_members_up_to_date()
+            self._check_before_training(resume_from_checkpoint)
+            self._check_export_folder()
+            resume_from_checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
+            self._check_output_folder()
+            self._trainings += 1
+            self.soup.served = False
+            self._freeze_alike()
+            self._become(self.population.members[0], self.members[0])
+            return self._train_population(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
+
+    def _train_population(self, resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs):
+        args = self.args
+        requests = Requests(self.callback_handler, args.world_size, args.ddp_timeout, args.enable_jit_checkpoint)
         try:
-            return super().train(
-                resume_from_checkpoint=resume_from_checkpoint,
-                trial=trial,
-                ignore_keys_for_eval=ignore_keys_for_eval,
-                **kwargs,
-            )
+            with requests as self._requests:
+                return super().train(
+                    resume_from_checkpoint=resume_from_checkpoint,
+                    trial=trial,
+                    ignore_keys_for_eval=ignore_keys_for_eval,
+                    **kwargs,
+                )
         finally:
             self.__dict__.pop("get_train_dataloader", None)
-            if self._mixing is not None:
-                self._mixing.release()
             self.population.streams.activate(None)
 
     def _inner_training_loop(self, *args, **kwargs):
@@ -330,25 +282,13 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         batches = self.population.gather(batches)
         if len(set(batches)) > 1:
             listing = ", ".join(f"member {index}: {count}" for index, count in enumerate(batches))
-            raise ValueError(
+            told = (
                 "Members must take the same number of steps, or the others would wait for one that has finished, but "
                 f"they have different numbers of batches an epoch ({listing})."
             )
-        check_agreement(self.population, self._what_must_agree(steps_per_epoch))
+            raise known_to_all(ValueError(told))
+        check_agreement(self.population, self._what_must_agree_about_steps(steps_per_epoch))
         return values
-
-    def _what_must_agree(self, steps_per_epoch: int) -> dict[str, Any]:
-        # Where a run is written and reported may differ between machines; what is computed may not.
-        local = ("output_dir", "logging_dir", "local_rank", "run_name", "report_to", "hub_token", "disable_tqdm")
-        options = {name: str(value) for name, value in self.args.to_dict().items() if name not in local}
-        facts: dict[str, Any] = {f"option {name}": value for name, value in options.items()}
-        facts["steps per epoch"], facts["steps"] = steps_per_epoch, self._total_steps
-        facts["architecture"] = describe_architecture(self.population.wholes[0])
-        facts["overrides"] = [overrides.describe() for overrides in self._overrides]
-        facts["torch"] = torch.__version__
-        if self.args.same_init and self._trainings == 1 and self._resume is None:
-            facts["initial weights"] = weights_digest(self.population.members[0])
-        return facts
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """
@@ -411,8 +351,6 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         )
         if self.is_world_process_zero():
             self.mixing.say_what_is_shuffled()
-        if self.args.enable_jit_checkpoint:
-            self.mixing.listen()
         # The exchange is a part of the step, whatever callbacks there are, and happens when fp16's scaler skips it, too.
         own_step = self.optimizer.step
 
@@ -429,6 +367,8 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
         return model, loader
 
     def _run_epoch(self, *args, **kwargs):
+        if self._stops_because_finished():
+            return None
         if self._resume is not None:
             self._continue_from(self._resume, kwargs["epoch"], kwargs["steps_trained_in_current_epoch"])
             self._resume = None
@@ -498,8 +438,6 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
     # ---- Log -------------------------------------------------------------------------------------------------------
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        if self.mixing.stop_agreed:
-            self.control.should_save = self.control.should_training_stop = True
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
             self._line = self._collect_line()
         return super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -507,7 +445,9 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
     def _collect_line(self) -> tuple[dict[str, float], float]:
         """*Collective.* What a log line says of the members, and the sum of this call's losses after it."""
         steps = self.state.global_step - self._globalstep_last_logged
-        line, added = self._log.line(steps, [self._learning_rate_of(index) for index in self.population.indices])
+        line, added = self._log.line(
+            self.state.global_step, steps, [self._learning_rate_of(index) for index in self.population.indices]
+        )
         sample = torch.stack([self._consensus_sample.values(whole) for whole in self.population.wholes])
         if self.population.world_size > 1:
             sample = sample.to(self.args.device)
@@ -532,22 +472,32 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Log a dictionary; a line about training is completed with what is known of each member."""
-        if self._line is not None and "loss" in logs:
-            line, total = self._line
+        line = self._line if "loss" in logs else None
+        if line is not None:
             self._line = None
-            logs.update(line)
+            members, total = line
+            logs.update(members)
             # Trainer has added its own mean, whose rounding depends on the number of processes.
             self._total_loss_scalar = total
-        if self._evaluating:
-            timed = {key: value for key, value in logs.items() if key.endswith(("_runtime", "_per_second"))}
-            logs.update(self.population.broadcast(timed))
+        if "train_loss" in logs and self.soup.served:
+            logs.update({f"member_{index}_left_out": 1 for index in self.soup.left_out})
+        if self._evaluating and any(key.endswith("_runtime") for key in logs):
+            # What depends on the clock, on a GPU's last bit or on chance is process 0's, for the best model is to be one.
+            logs.update(self.population.broadcast(dict(logs)))
         super().log(logs, *args, **kwargs)
+        if line is not None:
+            self._requests.agree("on_log", self.state, self.control)
 
-    def _finalize_training(self, *args, **kwargs):
+    def _finalize_training(self, trial, num_train_samples, *args, **kwargs):
+        self._finish_without_training()
         # What has not been logged yet.
-        self._tr_loss = torch.tensor(self._log.collect()[1], dtype=torch.float64)
-        self._serve_soup()
-        result = super()._finalize_training(*args, **kwargs)
+        step = self.state.global_step
+        added = self._log.collect(step, step - self._globalstep_last_logged)[-1]
+        self._tr_loss = torch.tensor(added, dtype=torch.float64)
+        if not (self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None):
+            self._serve_soup()  # else the best checkpoint's, whatever has become of the members since
+        # Of all members, as the time is.
+        result = super()._finalize_training(trial, num_train_samples * self.population.size, *args, **kwargs)
         if self.args.push_members:
             self.save_members()
         return result
@@ -584,14 +534,14 @@ class PopulationMixin(Populating, Serving, Evaluating, Checkpointing, Publishing
                 if path.name not in {f"member_{index}" for index in range(self.population.size)}:
                     logger.warning(f"`{path}` is removed: it is not of this population.")
                     shutil.rmtree(path)
-        with self.population.streams.use(None):
+        with self._told_to_all(), self.population.streams.use(None):
             for member in self.members:
                 place = os.path.join(folder, f"member_{member.index}")
                 with as_member(self, member):
                     self._save(place)
                 # What is said once, at the root.
                 Path(place, "training_args.bin").unlink(missing_ok=True)
-        self.population.gather_processes(None)
+            self.population.gather_processes(None)
 
     def _check_export_folder(self) -> None:
         """*Collective.* Find out before training, not at its end, that the soup cannot be written where it should go."""

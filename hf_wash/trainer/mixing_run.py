@@ -1,11 +1,8 @@
 """
-[`MixingRun`]: the exchange of one run, after every optimizer step; what it has moved so far; and SIGTERM, which travels
-with it so that all processes stop at one step.
+[`MixingRun`]: the exchange of one run, after every optimizer step, and what it has moved so far.
 """
 
 import math
-import signal
-import threading
 import time
 from typing import Any
 
@@ -17,34 +14,6 @@ from ..population import Population
 
 
 logger = logging.get_logger(__name__)
-
-
-class StopSignal:
-    """
-    SIGTERM as a request to stop at the next step. Trainer's own just-in-time checkpointing (5.23) saves wherever the
-    signal finds each process, at different steps; here the request travels with the exchange, and all processes save
-    at the step they agree on.
-    """
-
-    # As Trainer's: a SIGKILL that follows at once leaves no time for a checkpoint, so do not begin one.
-    WAIT_SECONDS = 3
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before = signal.signal(signal.SIGTERM, self._on_signal)
-
-    def _on_signal(self, number, frame) -> None:
-        logger.info(f"SIGTERM received: a checkpoint is written in {self.WAIT_SECONDS} s, and training stops.")
-        timer = threading.Timer(self.WAIT_SECONDS, self._request)
-        timer.daemon = True
-        timer.start()
-
-    def _request(self) -> None:
-        self.requested = True
-
-    def release(self) -> None:
-        """Give the signal back."""
-        signal.signal(signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL)
 
 
 class MixingRun:
@@ -78,8 +47,6 @@ class MixingRun:
         self.seconds = self.wait_seconds = 0.0
         # Of the steps since the last log line: how many, values, bytes.
         self.window = [0, 0, 0]
-        self.stop_signal: StopSignal | None = None
-        self.stop_agreed = False
         self.mixer: WashMixer | None = None
         if population.size > 1:
             self.mixer = WashMixer(
@@ -114,12 +81,10 @@ class MixingRun:
 
     def mix(self, step: int) -> None:
         """*Collective.* The exchange after optimizer step `step`, counted from 1."""
-        stop = self.stop_signal is not None and self.stop_signal.requested
         if self.mixer is None:
-            self.stop_agreed = self.stop_agreed or stop
             return
         began = time.perf_counter()
-        stats = self.mixer.mix(step, shuffle=self._args.shuffles(step, self._total_steps), stop_requested=stop)
+        stats = self.mixer.mix(step, shuffle=self._args.shuffles(step, self._total_steps))
         self.seconds += time.perf_counter() - began
         self.wait_seconds += stats.wait_seconds
         self.values_moved += stats.population_values_moved
@@ -127,7 +92,6 @@ class MixingRun:
         self.window[0] += 1
         self.window[1] += stats.population_values_moved
         self.window[2] += stats.population_bytes_exchanged
-        self.stop_agreed = self.stop_agreed or stats.stop_requested
 
     def log(self) -> dict[str, float]:
         """`values_moved` and `bytes_exchanged` of a step, on average since the last call."""
@@ -145,16 +109,6 @@ class MixingRun:
     def resume(self, values_moved: int, bytes_exchanged: int, window: list[int]) -> None:
         """Count on from a checkpoint."""
         self.values_moved, self.bytes_exchanged, self.window = values_moved, bytes_exchanged, list(window)
-
-    def listen(self) -> None:
-        """Take SIGTERM for a request to stop."""
-        self.stop_signal = StopSignal()
-
-    def release(self) -> None:
-        """Give the signal back, if it was taken."""
-        if self.stop_signal is not None:
-            self.stop_signal.release()
-            self.stop_signal = None
 
     def synchronize(self) -> None:
         """On a GPU a shuffle's verdict is read one call later, which may never come: read it now."""

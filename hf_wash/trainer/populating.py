@@ -109,6 +109,13 @@ class Populating(Part):
             if factor is not None:
                 member.label_smoother = LabelSmoother(epsilon=factor) if factor else None
 
+    def _freeze_alike(self) -> None:
+        """What was frozen through `trainer.model`, the first member, holds for all."""
+        first = self.population.members[0]
+        for member in self.population.members[1:]:
+            for ours, theirs in zip(first.parameters(), member.parameters(), strict=True):
+                theirs.requires_grad_(ours.requires_grad)
+
     def _become(self, model: nn.Module, member: Member | None = None) -> None:
         """Serve a model: a member, or the soup."""
         self.model = self.model_wrapped = model

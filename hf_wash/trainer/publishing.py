@@ -135,6 +135,7 @@ class Publishing(Part):
     def _run_record(self, ask_hub: bool = True) -> dict[str, Any]:
         """What `wash_run.json` says, from this process's knowledge; the Hub is asked for a license where it may be."""
         return describe_run(
+            run=self._run,
             args=self.args,
             state=self.state,
             model=self._described_model(),
@@ -142,6 +143,7 @@ class Publishing(Part):
             overrides=self._overrides,
             exchanged=(self.values_moved, self.bytes_exchanged),
             greedy=self.greedy_record,
+            left_out=sorted(self.soup.left_out),
             probability=self.mixing.probability if self._mixing is not None else self.args.shuffle_probability,
             ask_hub=ask_hub,
             batch_size=self.get_total_train_batch_size(self.args),

@@ -12,13 +12,17 @@ from typing import Any
 from torch import nn
 from transformers import set_seed
 from transformers.trainer_pt_utils import find_batch_size
+from transformers.utils import logging
 
 from ..soup import has_batch_norm, recalibrate_batch_norm
 from . import evaluation
 from .data import hold_out
-from .member import Member, MemberAccelerator, Whole, as_member
+from .member import Member, MemberAccelerator, Whole, as_member, without_a_trace
 from .part import Part
+from .served_soup import who_is_not_finite
 
+
+logger = logging.get_logger(__name__)
 
 # Seeds of what is drawn outside of the members' streams: far from those of members, `seed + k`.
 RECALIBRATION_SEED_OFFSET, HOLDOUT_SEED_OFFSET = 1_000_003, 1_000_033
@@ -41,24 +45,34 @@ class Serving(Part):
 
     def _serve_soup(self) -> None:
         """*Collective.* Build the soup from the members as they are and make it the Trainer's model."""
-        soup = self._build_soup()
+        soup = self._build_soup(final=True)
         self._become(soup.model, soup)
         self.soup.served = True
 
-    def _build_soup(self) -> Member:
+    def _build_soup(self, final: bool = False) -> Member:
         if self._mixing is not None:
             self._mixing.synchronize()
         _ = self.members  # made while the Trainer's model is still the first member
-        key = (self._trainings, self.state.global_step) if self.is_in_train else None
+        step = self.state.global_step
+        key = (self._trainings, step) if self.is_in_train else None
+        before = list(self.soup.left_out)
         with self.population.streams.use(None):
-            return self.soup.build(
+            soup = self.soup.build(
                 self.population,
                 key,
+                step=step,
                 share_frozen=self.args.same_init,
                 make=self._in_a_members_place,
                 finish=self._finish_soup,
                 score=self._held_out_score if self._holds_out and self._data_in_common() is not None else None,
             )
+        left_out = self.soup.left_out
+        if left_out and (final or list(left_out) != before) and self.is_world_process_zero():
+            logger.warning(
+                f"{who_is_not_finite(left_out, step)}, and {'is' if len(left_out) == 1 else 'are'} left out of the soup, "
+                "the ensemble and what is reported of the members together."
+            )
+        return soup
 
     def _in_a_members_place(self, whole: nn.Module) -> Member:
         first = self.members[0]
@@ -122,7 +136,7 @@ class Serving(Part):
         soup.prepared.eval()
         try:
             set_seed(self.args.seed + HOLDOUT_SEED_OFFSET)
-            with as_member(self, soup):
+            with as_member(self, without_a_trace(self, soup)):
                 for index, inputs in enumerate(self.get_test_dataloader(held_out)):
                     result = super().prediction_step(soup.prepared, inputs, False)
                     predictions.add(index, find_batch_size(inputs) or 1, *result)

@@ -266,6 +266,19 @@ def test_models_that_differ_are_refused_with_the_first_difference(hf_wash, model
     assert not (tmp_path / "soup").exists() and not list(tmp_path.glob("_*"))
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_model_that_has_diverged_is_refused_by_its_name(hf_wash, models, photos, tmp_path, greedy):
+    member = vit(0)
+    with torch.no_grad():
+        member.classifier.bias[0] = float("nan")
+    diverged = exported(tmp_path / "diverged", member)
+    result = hf_wash(
+        "soup", *models[:2], diverged, "--out", tmp_path / "soup", *(["--greedy", "--eval-data", photos] * greedy)
+    )
+    check_mistake(result, str(diverged), "NaN", "'classifier.bias'")
+    assert [path.name for path in tmp_path.iterdir()] == ["diverged"]
+
+
 def test_a_pickle_is_refused_with_the_reason(hf_wash, models, tmp_path):
     shutil.copytree(models[0], tmp_path / "old")
     weights = load_file(tmp_path / "old" / "model.safetensors")

@@ -257,10 +257,18 @@ def test_a_schedule_that_watches_the_loss_has_no_phase_for_the_head(run_here, ba
 
 
 def test_help_lists_every_option_with_its_group(finetune):
-    shown = finetune.make_parser().format_help()
+    groups = [finetune.BackboneArguments, finetune.DataArguments, finetune.FinetuneConfig]
+    shown = finetune.make_parser(groups, finetune.__doc__).format_help()
     for expected in ("--layer_decay", "--head_only", "--lora_rank", "--shuffle_schedule", "--learning_rate"):
         assert expected in shown
     titles = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert [title.split()[0].strip(":,") for title in titles] == [
         *("options", "backbone", "data", "population", "training")
     ]
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora_rank", "2")], ids=["whole", "adapters"])
+def test_a_dry_run_says_what_the_run_costs_and_stops(run_here, backbone, flags):
+    folder, printed = run_here("--model_name_or_path", str(backbone), *flags, "--dry_run")
+    assert list(folder.iterdir()) == []
+    assert "2 members × 4 steps of 16 samples, 1 process" in printed and "loaded back by" in printed

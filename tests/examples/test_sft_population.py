@@ -116,3 +116,13 @@ def test_two_processes_train_two_members(launch, small_run, tmp_path):
     # However many processes there are.
     table = [line for line in small_run[1].splitlines() if line.startswith(("members' mean", "soup"))]
     assert all(line in run.stdout for line in table)
+
+
+def test_a_dry_run_says_what_the_run_costs_and_stops(run_here, small_run):
+    folder, printed = run_here("--dry_run")
+    assert list(folder.iterdir()) == []
+    assert "2 members × 4 steps of 4 samples, 1 process" in printed
+    assert "loaded back by transformers" in printed
+    adapted, printed = run_here("--dry_run", "--model_name_or_path", str(small_run[0]), "--lora_rank", "2")
+    assert list(adapted.iterdir()) == []
+    assert "loaded back by peft" in printed and "Nothing was trained" in printed

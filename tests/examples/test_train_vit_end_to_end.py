@@ -139,6 +139,39 @@ def test_a_checkpoint_that_is_not_there_is_one_line_too(run_here):
         run_here("--resume_from_checkpoint", "nowhere")
 
 
+def test_a_dry_run_says_what_the_run_costs_and_stops(run_here, digits_run):
+    folder, printed = run_here("--dry_run", "--save_strategy", "steps", "--save_steps", "2", "--push_to_hub")
+    assert list(folder.iterdir()) == []
+    rows = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in printed.splitlines() if "  " in line}
+    assert rows["run"] == "2 members × 4 steps of 16 samples, 1 process"
+    assert rows["data"] == "128 samples for a member"
+    assert "loaded back by" in rows["saved model"] and "pipeline" in rows["saved model"]
+    assert rows["checkpoints"].startswith("2 of ") and rows["disk"].endswith(str(folder))
+    assert float(rows["loss"].split(" ")[0]) == pytest.approx(np.log(10), abs=0.5)
+    assert printed.endswith("Nothing was trained: this was a dry run.")
+    # As the run then moves: it lasts four steps, so its p is 0.5.
+    record = json.loads((digits_run[0] / "wash_run.json").read_text())["exchange"]
+    value, unit, *_ = rows["exchange"].split(" ")
+    assert float(value) * {"k": 1e3, "M": 1e6}[unit] == pytest.approx(record["values_moved"], rel=0.02)
+
+
+def test_a_dry_run_of_what_would_fail_is_one_line(run_here, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", ["total", "used", "free"])
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 5, 5))
+    with pytest.raises(SystemExit, match=r"train_vit\.py: error: .*where 5 bytes are free"):
+        run_here("--dry_run")
+    with pytest.raises(SystemExit, match="leave --resume_from_checkpoint out"):
+        run_here("--dry_run", "--resume_from_checkpoint", "auto")
+
+
+@pytest.mark.distributed
+def test_a_dry_run_of_two_processes_says_it_once(launch, train_vit_script, tmp_path):
+    completed = launch(train_vit_script, "--output_dir", tmp_path / "run", *A_FEW_STEPS, "--dry_run", timeout=180)
+    assert completed.stdout.count("2 members × 4 steps of 16 samples, 2 processes") == 1
+
+
 def test_independent_members_start_apart(run_here, train_vit):
     folder, printed = run_here("--mixing", "independent", "--same_init", "False")
     assert "mixing: independent" in printed

@@ -49,8 +49,9 @@ def fresh_process(hub, tmp_path_factory):
         command = [sys.executable, *map(str, arguments)]
         if arguments[0] != "-m":
             command[1] = str(HERE / arguments[0])
-        tests = str(HERE.parent)
-        environment = {**os.environ, **hub.environment(home, token), "PYTHONPATH": tests, "CUDA_VISIBLE_DEVICES": ""}
+        # Before what this process was given, so that both test one and the same hf_wash.
+        paths = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, **hub.environment(home, token), "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
         completed = subprocess.run(
             command,
             env=environment,

@@ -95,15 +95,15 @@ def test_a_greedy_soup_of_all_members_is_their_uniform_soup_bit_for_bit():
     assert all(torch.equal(soup[name], expected[name]) for name in expected)
 
 
-def test_a_diverged_member_ranks_last_and_never_joins():
+def test_a_member_whose_score_is_not_a_number_ranks_last_and_never_joins():
     def evaluate(candidate):
-        return float(candidate["w"])
+        return math.nan if candidate["w"] == 7 else float(candidate["w"])
 
-    soup, record = greedy_soup([state(math.nan), state(1), state(3)], evaluate)
+    soup, record = greedy_soup([state(7), state(1), state(3)], evaluate)
     assert record.indices == (2,) and soup["w"] == 3.0 and record.order == (2, 1, 0)
     assert math.isnan(record.tried_scores[2])
     with pytest.raises(ValueError, match="score of every member is not a number"):
-        greedy_soup([state(math.nan)], evaluate)
+        greedy_soup([state(7)], evaluate)
 
 
 def test_a_soup_of_one_is_that_member():

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from any_trainer import CHECKPOINT, SCENARIOS, STEPS, answer, losses, scenario, state_digest
+from any_trainer import CHECKPOINT, SCENARIOS, STEPS, answer, losses, scenario, state_digest, with_population
 
 
 @pytest.fixture(params=SCENARIOS)
@@ -56,7 +56,6 @@ def test_the_saved_soup_is_loaded_by_its_library(run, tmp_path):
     torch.testing.assert_close(answer(run, loaded), answer(run, trainer.model), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.xfail(reason="TRL averages what it measures over all models that a process evaluates, members among them")
 def test_what_trl_measures_in_an_evaluation_is_the_soups(tmp_path):
     run = scenario("SFTTrainer")
     trainer = run.population(tmp_path / "population", shuffle_probability=0.5)
@@ -66,6 +65,36 @@ def test_what_trl_measures_in_an_evaluation_is_the_soups(tmp_path):
     ours, expected = trainer.evaluate(), plain.evaluate()
     for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
         assert ours[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+@pytest.mark.parametrize("soup", ["uniform", "greedy"])
+def test_what_a_trainer_counts_in_an_evaluation_is_the_soups(tmp_path, soup):
+    run = scenario("Trainer")
+
+    class Counting(with_population(run.trainer)):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.batches, self.losses, self.examples = 0, [], {"seen": torch.tensor(0), "each": []}
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            self.last = super().compute_loss(model, inputs, *args, **kwargs)  # with a graph while training
+            if not model.training:
+                self.batches += 1
+                self.losses.append(self.last[0].item())
+                self.examples["seen"] += len(inputs["labels"])
+                self.examples["each"].append(len(inputs["labels"]))
+            return self.last
+
+    args = with_population(run.config)(**run.arguments(tmp_path, population_size=3, soup=soup))
+    trainer = Counting(args=args, **run.given())
+    trainer.train()
+    metrics = trainer.evaluate()
+    whole, each = len(trainer.eval_dataset), trainer.examples["each"]
+    assert trainer.batches == len(trainer.losses) == len(each) == len(trainer.get_eval_dataloader())
+    assert trainer.examples["seen"] == sum(each) == whole
+    mean = sum(loss * count for loss, count in zip(trainer.losses, each, strict=True)) / whole
+    assert metrics["eval_loss"] == pytest.approx(mean, rel=1e-6)
+    assert len({metrics[f"eval_member_{index}_loss"] for index in range(3)}) == 3
 
 
 def test_each_member_answers_and_is_saved_by_itself(run, tmp_path):

@@ -2,13 +2,14 @@
 
 import json
 import os
+import pickle
 import shutil
 
 import pytest
 import torch
 from small_population import digest, history, population, started, vit
 
-from hf_wash.trainer import checkpoint
+from hf_wash.trainer import checkpoint, manifest
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +43,9 @@ def test_a_checkpoint_holds_what_was_promised(run_folder):
     assert {
         f"member_{i}/{name}" for i in (0, 1) for name in ("model.safetensors", "optimizer.pt", "streams.json")
     } <= names
-    manifest = json.loads((folder / "population.json").read_text())
-    assert set(manifest["files"]) == names - {"population.json"}
-    assert manifest["step"] == 4 and manifest["population_size"] == 2 and manifest["members"] == [0, 1]
+    content = json.loads((folder / "population.json").read_text())
+    assert set(content["files"]) == names - {"population.json"}
+    assert content["step"] == 4 and content["population_size"] == 2 and content["members"] == [0, 1]
     assert not list(run_folder.glob("_*"))
 
 
@@ -60,11 +61,16 @@ def flip(folder):
     path.write_bytes(bytes(raw))
 
 
-def lie(folder):
+def reseal(folder, change):
+    """Change a manifest as somebody would who knows how its digest is made."""
     path = folder / "population.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"]["model.safetensors"]["sha256"] = "0" * 64
-    path.write_text(json.dumps(manifest))
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(manifest.seal(content)))
+
+
+def lie(folder):
+    reseal(folder, lambda content: content["files"]["model.safetensors"].update(sha256="0" * 64))
 
 
 def garble(folder):
@@ -72,10 +78,8 @@ def garble(folder):
 
 
 def point_outside(folder):
-    path = folder / "population.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"]["../checkpoint-4/model.safetensors"] = {"size": 1, "sha256": ""}
-    path.write_text(json.dumps(manifest))
+    record = {"size": 1, "sha256": "0" * 64}
+    reseal(folder, lambda content: content["files"].update({"../checkpoint-4/model.safetensors": record}))
 
 
 DAMAGES = {
@@ -179,6 +183,24 @@ def test_other_options_are_told(run_folder, tmp_path, monkeypatch):
     assert any("shuffle_probability was 0.3 and is 0.2" in text for text in said)
 
 
+def test_a_part_of_the_run_is_no_other_option_than_the_steps_it_makes(tmp_path, monkeypatch):
+    from transformers import trainer_utils
+
+    said = []
+    monkeypatch.setattr(trainer_utils.logger, "warning_once", lambda text, *_: said.append(text), raising=False)
+    parts = {"logging_steps": 0.05, "eval_steps": 0.5, "save_steps": 0.25, "save_strategy": "steps"}
+    population(tmp_path, **parts).train()
+    shutil.rmtree(tmp_path / "checkpoint-12")
+    resumed = population(tmp_path, **parts)
+    resumed.train(resume_from_checkpoint=True)
+    assert said == []
+    assert (resumed.args.logging_steps, resumed.state.logging_steps) == (0.05, 1)
+    population(tmp_path, **{**parts, "logging_steps": 0.5}).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-9")
+    )
+    assert len(said) == 1 and "logging_steps: 6 (from args) != 1" in said[0]
+
+
 def test_weights_alone_cannot_be_resumed_from(tmp_path):
     settings = {"size": 2, "save_strategy": "steps", "save_steps": 4, "max_steps": 4, "eval_strategy": "no"}
     population(tmp_path, save_only_model=True, **settings).train()
@@ -193,11 +215,12 @@ def test_loading_runs_no_code(copied):
 
     path = copied / "checkpoint-8" / "member_0" / "optimizer.pt"
     torch.save({"groups": Bomb()}, path)
-    manifest = json.loads((copied / "checkpoint-8" / "population.json").read_text())
-    manifest["files"]["member_0/optimizer.pt"] = checkpoint.file_record(path)
-    (copied / "checkpoint-8" / "population.json").write_text(json.dumps(manifest))
-    with pytest.raises(Exception, match=r"weights_only|Weights only"):
+    record = manifest.file_record(path)
+    reseal(copied / "checkpoint-8", lambda content: content["files"].update({"member_0/optimizer.pt": record}))
+    with pytest.raises(ValueError, match=r"optimizer.pt` holds what is no tensor") as caught:
         resume(copied)
+    assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.__cause__ is None and not isinstance(caught.value.__context__, pickle.UnpicklingError)
     assert not (copied / "exploded").exists()
 
 

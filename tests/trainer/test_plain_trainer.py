@@ -57,6 +57,17 @@ def test_a_population_of_one_is_a_plain_run(tmp_path, name):
         assert {key: ours[key] for key in theirs} == theirs
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_steps": -1, "num_train_epochs": 1}], ids=["steps", "epochs"])
+def test_the_speed_of_a_run_counts_what_all_members_have_seen(tmp_path, settings):
+    expected = plain(tmp_path / "plain", **settings).output.metrics
+    for size in (1, 3):
+        metrics = population(tmp_path / str(size), size=size, **settings).train().metrics
+        seen, of_one = (m["train_samples_per_second"] * m["train_runtime"] for m in (metrics, expected))
+        assert seen == pytest.approx(size * of_one, rel=0.01)
+        steps, of_one = (m["train_steps_per_second"] * m["train_runtime"] for m in (metrics, expected))
+        assert steps == pytest.approx(of_one, rel=0.01)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_without_mixing_member_k_is_a_plain_run_with_seed_plus_k(tmp_path, name):
     trainer = population(tmp_path / "population", size=3, mixing="independent", **SETTINGS[name])

@@ -7,8 +7,10 @@ import inspect
 
 import pytest
 from transformers import Trainer
+from transformers.trainer_callback import CallbackHandler
 
 from hf_wash import WashTrainer
+from hf_wash.trainer.requests import EVENTS
 
 
 # method: (the Trainer's method that calls it, the call as it is written there)
@@ -42,6 +44,7 @@ SEAMS = {
     "save_model": (None, None),
     "_save": ("save_model", "self._save(output_dir)"),
     "_save_checkpoint": ("_maybe_log_save_evaluate", "self._save_checkpoint(model, trial)"),
+    "_init_training_state": ("_inner_training_loop", "self._init_training_state("),
     "_load_from_checkpoint": ("train", "self._load_from_checkpoint(resume_from_checkpoint)"),
     "_load_optimizer_and_scheduler": ("_prepare_for_training", "self._load_optimizer_and_scheduler("),
     "_load_scaler": ("_prepare_for_training", "self._load_scaler("),
@@ -94,3 +97,28 @@ def test_the_loop_asks_for_its_loader_once_and_takes_the_prepared_one():
     source = inspect.getsource(Trainer._inner_training_loop)
     assert source.count("self.get_train_dataloader()") == 1
     assert "model, train_dataloader = self._prepare_for_training(" in source
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_what_callbacks_ask_for_comes_through_one_call(event):
+    assert "self.call_event(" in inspect.getsource(getattr(CallbackHandler, event))
+
+
+def test_the_trainer_acts_on_requests_only_after_events_at_which_processes_agree():
+    source = inspect.getsource(Trainer._run_epoch)
+    step, saved = source.index("on_step_end("), source.index("self._maybe_log_save_evaluate(")
+    asked = source.index("if self.control.should_epoch_stop or self.control.should_training_stop")
+    assert step < saved < source.index("on_substep_end(") < asked
+    assert source.rindex("on_epoch_end(") < source.rindex("self._maybe_log_save_evaluate(")
+    source = inspect.getsource(Trainer._maybe_log_save_evaluate)
+    order = [
+        "control.should_log",
+        "self.log(",
+        "control.should_evaluate",
+        "self._evaluate(",
+        "control.should_save:",
+        "on_save(",
+    ]
+    places = [source.index(what) for what in order]
+    assert places == sorted(places)
+    assert "control.should" not in source[places[-1] :]

@@ -1,0 +1,137 @@
+"""
+One run at a time in a folder: a run's identity, and [`RunFolder`], the lock that a run holds while it trains.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import uuid
+import weakref
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+logger = logging.getLogger(__name__)
+
+# As all that begins with an underscore it is in no upload, and it is no checkpoint.
+LOCK = "_running"
+
+_held: "weakref.WeakSet[RunFolder]" = weakref.WeakSet()
+
+
+def new_run() -> str:
+    """The identity of a new run."""
+    return uuid.uuid4().hex
+
+
+class FolderInUse(ValueError):
+    """Another run writes to the folder."""
+
+
+class RunFolder:
+    """
+    The right to write a run into a folder, held from [`enter`] to [`leave`].
+
+    The operating system ends it with the process, however that ends, so a run that was killed keeps nobody out.
+
+    Args:
+        folder (`str` or `Path`): The run's output folder.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._path = Path(folder) / LOCK
+        self._file: Any = None
+
+    def enter(self) -> None:
+        """
+        Take the right; makes the folder. On a file system without locks only a warning says so.
+
+        Raises:
+            FolderInUse: if another run has it, saying which.
+        """
+        if fcntl is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with file:
+                    raise FolderInUse(self._who(file)) from None
+            except OSError as error:
+                file.close()
+                logger.warning(
+                    f"`{self._path.parent}` cannot be locked ({error}), so a second run that writes to it at the same "
+                    "time would not be noticed."
+                )
+                return
+            if self._is_still_there(file):
+                break
+            file.close()  # of a run that ended meanwhile
+        self._file = file
+        _held.add(self)
+        self.tell(None)
+
+    def _is_still_there(self, file: Any) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
+    def tell(self, run: str | None) -> None:
+        """Write down who holds the folder, for whoever is kept out: the run, this process and the time."""
+        if self._file is None:
+            return
+        who = {"run": run, "host": socket.gethostname(), "process": os.getpid()}
+        self._file.seek(0)
+        self._file.truncate()
+        json.dump({**who, "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"}, self._file)
+        self._file.flush()
+
+    def _who(self, file: Any) -> str:
+        who: Any = None
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            file.seek(0)
+            who = json.loads(file.read(4096))
+        known = who if isinstance(who, dict) else {}
+        run = f"run {ascii(known['run'])[1:-1][:32]}, " if isinstance(known.get("run"), str) else ""
+        listing = f" ({run}process {known.get('process')!a} on {known.get('host')!a}, since {known.get('since')!a})"
+        return (
+            f"another run writes to `{self._path.parent}` at this time{listing if known else ''}: wait for it to end, or "
+            "give this one an `output_dir` of its own"
+        )
+
+    def leave(self) -> None:
+        """Give the right back."""
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        # While it is still held, or another run could have taken it.
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+        file.close()
+
+    def _forget(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _forget_in_child() -> None:
+    # A forked process, a loader's worker, shares the lock, and would keep it if its parent were killed.
+    for folder in list(_held):
+        folder._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

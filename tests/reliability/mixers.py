@@ -119,7 +119,7 @@ AT_ITS_MAKING = {
     "members of other widths": (made(lambda: [net(8), net(9)]), ["shape"]),
     "members of other dtypes": (made(lambda: [net(), net().double()]), ["torch.float64"]),
     "members with other names": (made(lambda: [net(), nn.Sequential(nn.Linear(6, 8))]), ["2."]),
-    "a member frozen otherwise": (made(lambda: [net(), net().requires_grad_(False)]), ["frozen"]),
+    "a member frozen otherwise": (made(lambda: [net(), net().requires_grad_(False)]), ["requires_grad"]),
     "one model twice": (made(lambda: [net()] * 2), ["share the parameter"]),
     "a parameter of two members": (made(lambda: _sharing()), ["share the parameter"]),
     "nothing to train": (made(lambda: [m.requires_grad_(False) for m in members()]), ["nothing to shuffle"]),

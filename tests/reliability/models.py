@@ -164,13 +164,13 @@ ERRORS = {
     "a `model_init` that is no function": (init("vit"), refused(error="Exception")),
     "members of other widths": (
         init(iter([vit(), vit(hidden_size=32), vit(), vit(hidden_size=32)]).__next__, same_init=False),
-        refused("member 1 differs from 0", "has shape"),
+        refused("Member 1 does not have the architecture of member 0", "has shape"),
     ),
     "members of other dtypes": (
-        init(iter([vit(), vit().bfloat16()] * 3).__next__, same_init=False), refused("member 1 differs from 0", "dtype"),
+        init(iter([vit(), vit().bfloat16()] * 3).__next__, same_init=False), refused("Member 1 does not have the architecture of member 0", "dtype"),
     ),
     "members frozen otherwise": (
-        init(iter([vit(), frozen()] * 3).__next__, same_init=False), refused("member 1 differs from 0", "requires_grad"),
+        init(iter([vit(), frozen()] * 3).__next__, same_init=False), refused("Member 1 does not have the architecture of member 0", "requires_grad"),
     ),
     "one model for all members": (one_for_all(), refused("model_init", "the same model")),
     "a label too few": (train(lambda: vit(num_labels=2)), stopped("out of bounds", error="IndexError")),

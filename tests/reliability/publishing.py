@@ -31,6 +31,8 @@ FAILURES = {
     "a full disk": (lambda: OSError(errno.ENOSPC, "No space left on device"), "No space left"),
     "an answer that is no JSON": (lambda: ValueError("Expecting value: line 1"), "Expecting value"),
 }
+# In two parts, since a traceback shows lines of this file.
+TOKEN = "hf_" + "secretsecret"
 CALLS = ("create_repo", "create_branch", "list_repo_files", "create_commit")
 
 
@@ -62,7 +64,7 @@ def pushing(failing, error, number=1, **changes):
 
     def do(place):
         hub(failing, error, number)
-        run = trainer(place, **SAVING, push_to_hub=True, hub_model_id="user/run", hub_token="hf_secretsecret",
+        run = trainer(place, **SAVING, push_to_hub=True, hub_model_id="user/run", hub_token=TOKEN,
                       hub_strategy="every_save", hub_always_push=True,
                       given={"callbacks": [On("step_begin", lambda state, control: run._finish_current_push())]}, **changes)  # fmt: skip
         run.train()
@@ -93,7 +95,7 @@ def pushed_later(failing, error, **changes):
         from hf_wash.hub.push import push_folder
 
         hub(failing, error)
-        push_folder(place.run, "user/run", token="hf_secretsecret", **changes)
+        push_folder(place.run, "user/run", token=TOKEN, **changes)
 
     return do
 
@@ -127,7 +129,7 @@ def _remove(name):
     return lambda run: shutil.rmtree(run / name)
 
 
-SECRET = {"silent_about": ("hf_secretsecret",)}
+SECRET = {"silent_about": (TOKEN,)}
 HUB = "a failing Hub"
 
 

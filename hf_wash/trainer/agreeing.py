@@ -49,7 +49,7 @@ class Agreeing(Part):
         check_same_examples(self.population, self.train_dataset)
 
     def _check_model(self) -> None:
-        served = self.soup.member.model if self.soup.member is not None else None
+        served = self.soup.member.model if self.soup.is_built else None
         if all(self.model is not known for known in (*self.population.members, served)):
             raise ValueError(
                 "Another model was put into `trainer.model` after the members had been made of the first one, and would "

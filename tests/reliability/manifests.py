@@ -173,11 +173,18 @@ AUTOMATICALLY: dict[str, Callable[[Path], None]] = {
     "no architecture": sealed_with(_without("architecture")),
 }
 
+
+
+def _named(key: str, what: str) -> str:
+    """What the error names: half a character cannot be read at all."""
+    return NAME if what == "half a character" else "option" if key == "options" else key
+
+
 KIND = "hostile manifests"
 SITUATIONS = [
     *(situation(KIND, f"without `{key}`", explicitly(sealed_with(_without(key)), key)) for key in KEYS),
     *(
-        situation(KIND, f"`{key}` is {what}", explicitly(sealed_with(_set(key, value)), "option" if key == "options" else key))
+        situation(KIND, f"`{key}` is {what}", explicitly(sealed_with(_set(key, value)), _named(key, what)))
         for key in KEYS
         for what, value in VALUES.items()
         if (key, what) not in RIGHT

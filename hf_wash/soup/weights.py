@@ -176,7 +176,9 @@ def find_weight_files(path: str | Path) -> list[Path]:
         raise ValueError(
             f"{path} holds several safetensors files and no model.safetensors: {names}; name one of them."
         )
-    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES and file.name not in _NO_WEIGHTS)
+    pickles = sorted(
+        file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES and file.name not in _NO_WEIGHTS
+    )
     if pickles:
         raise ValueError(_not_safetensors(path, pickles))
     raise ValueError(f"{path} holds no weights: expected model.safetensors in it.")

@@ -44,7 +44,9 @@ class Populating(Part):
             enable_full_determinism(seed) if self.args.full_determinism else set_seed(seed)
             member = make(index)
             if any(member is other for other in population.members):
-                raise ValueError("`model_init` must make a new model for each member, and returned the same model again.")
+                raise ValueError(
+                    "`model_init` must make a new model for each member, and returned the same model again."
+                )
             population.add(member, population.streams.capture())
         population.streams.restore(outside)
         check_same_architecture(population)

@@ -4,12 +4,11 @@ import os
 import shutil
 
 import torch
-from safetensors.torch import load_file, save_file
-
 from reliability.damage import sealed
 from reliability.harness import Act, Situation, prepared, refused, unharmed
 from reliability.soups import OF_FILES
 from reliability.tiny import edit_json
+from safetensors.torch import load_file, save_file
 
 
 def command(*arguments, make=None):
@@ -202,7 +201,15 @@ def two_at_once(place):
         pid = os.fork()
         if pid == 0:
             try:
-                main(["soup", f"{place.folder}/model_0", f"{place.folder}/model_1", "--out", f"{place.folder}/soup-{number}"])
+                main(
+                    [
+                        "soup",
+                        f"{place.folder}/model_0",
+                        f"{place.folder}/model_1",
+                        "--out",
+                        f"{place.folder}/soup-{number}",
+                    ]
+                )
             except SystemExit as ended:
                 os._exit(ended.code or 0)
             finally:
@@ -311,5 +318,3 @@ def _fifo(file):
 
 def _resealed(folder, **values):
     sealed(lambda folder: edit_json(folder / "population.json", lambda manifest: manifest.update(values)))(folder)
-
-

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-
 from reliability.harness import Act, Expected, Situation, prepared, refused, warned
 from reliability.tiny import edit_json, resumed
+from safetensors.torch import load_file, save_file
 
 
 FILES = (
@@ -211,7 +210,9 @@ KIND = "damaged checkpoints"
 def no_advice_to_run_code(expected: Expected) -> Expected:
     import dataclasses
 
-    return dataclasses.replace(expected, silent_about=("weights_only=False", "weights_only to False"), check=_not_exploded)
+    return dataclasses.replace(
+        expected, silent_about=("weights_only=False", "weights_only to False"), check=_not_exploded
+    )
 
 
 def _not_exploded(place: Path, result) -> str | None:

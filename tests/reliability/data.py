@@ -2,10 +2,10 @@
 
 import datasets
 import torch
-
-from hf_wash import MemberOverrides
 from reliability.harness import Act, Situation, refused, stopped, unharmed, warned
 from reliability.tiny import SAVING, Points, Stream, accuracy, outcome, trained, trainer
+
+from hf_wash import MemberOverrides
 
 
 class Unlabelled(Points):
@@ -27,7 +27,7 @@ class Unsized(Points):
 
 class Negative(Points):
     def __len__(self):
-        return -1
+        return -1  # noqa: PLE0303
 
 
 class Failing(Stream):
@@ -98,7 +98,10 @@ REFUSED = {
     "labels that are all None": (train(Points(labels=None)), NO_LABELS),
     "labels under another name": (train(TABLE.rename_column("labels", "kind").with_format("torch")), NO_LABELS),
     "a stream without a number of steps": (train(Stream(), max_steps=-1), ["max_steps"]),
-    "fewer examples than members": (train(Points(1), member_data="shard"), ["1 examples cannot be dealt to 2 members"]),
+    "fewer examples than members": (
+        train(Points(1), member_data="shard"),
+        ["1 examples cannot be dealt to 2 members"],
+    ),
     "a stream that cannot be dealt": (train(Stream(), member_data="shard"), ["1 shard(s) do not divide among 2"]),
     "a stream to hold out from": (train(Stream(), soup="greedy"), ["needs a training set with a length"]),
     "one example, to be held out": (train(Points(1), soup="greedy"), ["leaves none to train on"]),
@@ -126,7 +129,10 @@ ERRORS = {
     "a UnicodeDecodeError": UnicodeDecodeError("utf-8", b"\xff", 0, 1, "image_5.png"),
 }
 IN_MID_RUN = {
-    **{f"an example raises {what}": (example(error), type(error).__name__, ["image_5.png"]) for what, error in ERRORS.items()},
+    **{
+        f"an example raises {what}": (example(error), type(error).__name__, ["image_5.png"])
+        for what, error in ERRORS.items()
+    },
     "an example raises in a worker": (
         train(Points(fails_at=5, wrong=OSError(5, "Input/output error", "image_5.png")), dataloader_num_workers=1),
         "OSError",
@@ -145,7 +151,11 @@ IN_MID_RUN = {
     "a set that cannot tell its length": (train(Unsized()), "RuntimeError", ["still being unpacked"]),
     "a set of negative length": (train(Negative()), "ValueError", ["__len__() should return >= 0"]),
     "a stream that breaks off": (train_saving(Failing()), "ConnectionError", ["gone away"]),
-    "a collator that raises": (collator(raises(ValueError("cannot stack these"))), "ValueError", ["cannot stack these"]),
+    "a collator that raises": (
+        collator(raises(ValueError("cannot stack these"))),
+        "ValueError",
+        ["cannot stack these"],
+    ),
     "a loss that raises": (
         train(Points(), {"compute_loss_func": raises(ValueError("no loss today"))}),
         "ValueError",
@@ -209,7 +219,9 @@ EVALUATES = {
     "fewer evaluation examples than a batch": evaluate(Points(1), accuracy),
     "evaluation examples that fill their batches": evaluate(Points(8), accuracy),
     "metrics that are NaN": not_a_number,
-    "metrics that are NumPy's": evaluate(Points(7), lambda p: {"accuracy": (p.predictions.argmax(-1) == p.label_ids).mean()}),
+    "metrics that are NumPy's": evaluate(
+        Points(7), lambda p: {"accuracy": (p.predictions.argmax(-1) == p.label_ids).mean()}
+    ),
     "several evaluation sets": lambda place: evaluate({"a": Points(7), "b": Points(3)}, accuracy)(place),
     "an empty evaluation set": evaluate(Points(0)),
     "an evaluation stream": evaluate(Stream(7)),
@@ -224,6 +236,9 @@ SITUATIONS = [
     ),
     *(Situation(KIND, name, (Act(do, unharmed()),)) for name, do in (GOES_ON | EVALUATES).items()),
     Situation(KIND, "an empty stream", (Act(train(Stream(0)), warned("not to be a single sample")),)),
-    Situation(KIND, "no batch, since the last is dropped",
-              (Act(train(Points(3), dataloader_drop_last=True), warned("not to be a single sample")),)),
+    Situation(
+        KIND,
+        "no batch, since the last is dropped",
+        (Act(train(Points(3), dataloader_drop_last=True), warned("not to be a single sample")),),
+    ),
 ]

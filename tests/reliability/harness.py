@@ -315,7 +315,10 @@ class Children:
         for pid, rank in list(self._waiting.items()):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                self.ends[rank] |= {"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - self.began}
+                self.ends[rank] |= {
+                    "code": os.waitstatus_to_exitcode(status),
+                    "seconds": time.monotonic() - self.began,
+                }
                 del self._waiting[pid]
         return not self._waiting
 
@@ -344,7 +347,11 @@ def start(do: Callable, place: Path, reports: Path, processes: int) -> Children:
         # Held here, as `torchrun` holds it: it outlives a process that is lost.
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-        world |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        world |= {
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
     pids = []
     for rank in range(processes):
         sys.stdout.flush()

@@ -1,6 +1,7 @@
 """Runs that are killed at every phase, and disks that are full or cannot be written to: what was there stays, and `auto` goes on."""
 
 import builtins
+import contextlib
 import errno
 import functools
 import os
@@ -356,7 +357,11 @@ def signalled(number: int, step: int = 3, jit: bool = False, ranks=(0,), **chang
             if module is not None and hasattr(module, "StopSignal"):
                 module.StopSignal.WAIT_SECONDS = 0.05
         steps = 60 if jit else STEPS
-        callbacks = [On("step_end", lambda state, control: os.kill(os.getpid(), number), step=step)] if place.rank in ranks else []
+        callbacks = (
+            [On("step_end", lambda state, control: os.kill(os.getpid(), number), step=step)]
+            if place.rank in ranks
+            else []
+        )
         callbacks.append(On("step_end", lambda state, control: time.sleep(0.02 if jit else 0)))
         run = trainer(place, given={"callbacks": callbacks}, enable_jit_checkpoint=jit,
                       **{**SAVING, "save_steps": 2, "max_steps": steps, **changes})  # fmt: skip
@@ -384,10 +389,8 @@ def after_an_exception(place):
 
     run = trainer(place, given={"callbacks": [On("step_end", boom, step=2)]}, enable_jit_checkpoint=True, **SAVING)
     before = signal.getsignal(signal.SIGTERM)
-    try:
+    with contextlib.suppress(ValueError):
         run.train()
-    except ValueError:
-        pass
     assert signal.getsignal(signal.SIGTERM) == before, "SIGTERM is still the run's"
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(10)

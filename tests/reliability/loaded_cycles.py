@@ -20,8 +20,8 @@ HERE = Path(__file__).parent
 sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-from reliability import tiny
-from reliability.harness import Place, start, wait
+from reliability import tiny  # noqa: E402
+from reliability.harness import Place, start, wait  # noqa: E402
 
 
 BUSY = "while True: pass"

@@ -120,7 +120,9 @@ TEXTS: dict[str, Callable[[str], str | bytes]] = {
     "more behind it": lambda text: text + "}",
     "a comment before it": lambda text: "// " + text,
     "deep nesting of lists": lambda text: "[" * 100_000 + "]" * 100_000,
-    "deep nesting inside": lambda text: text.replace('"options": {', '"options": ' + '{"a":' * 50_000 + "1" + "}" * 50_000 + ', "x": {', 1),
+    "deep nesting inside": lambda text: text.replace(
+        '"options": {', '"options": ' + '{"a":' * 50_000 + "1" + "}" * 50_000 + ', "x": {', 1
+    ),
     "100 MB of blanks": lambda text: text + " " * 100_000_000,
     "a number of a million digits": lambda text: text.replace('"epoch": ', '"epoch": ' + "9" * 1_000_000, 1),
     "another format": lambda text: text.replace('"format": ', '"format": 9', 1),
@@ -174,10 +176,14 @@ AUTOMATICALLY: dict[str, Callable[[Path], None]] = {
 }
 
 
-
 def _named(key: str, what: str) -> str:
     """What the error names: half a character cannot be read at all."""
     return NAME if what == "half a character" else "option" if key == "options" else key
+
+
+def _told(option: str, value: Any) -> Act:
+    harm = sealed_with(_in("options", **{option: value}))
+    return Act(lambda place: resume_from(place, harm, "explicit"), warned(f"{option} was {value!r}"))
 
 
 KIND = "hostile manifests"
@@ -190,9 +196,7 @@ SITUATIONS = [
         if (key, what) not in RIGHT
     ),
     *(situation(KIND, name, explicitly(sealed_with(change), *says)) for name, (change, says) in SENTENCES.items()),
-    *(
-        situation(KIND, name, Act(lambda p, h=sealed_with(_in("options", **{option: value})): resume_from(p, h, "explicit"), warned(f"{option} was {value!r}")))
-        for name, (option, value) in TOLD.items()
+    *(situation(KIND, name, _told(option, value)) for name, (option, value) in TOLD.items()
     ),
     *(situation(KIND, f"its text is {name}", explicitly(_text(change), NAME)) for name, change in TEXTS.items()),
     *(situation(KIND, f"not sealed anew, {name}", explicitly(_unsealed(change), "digest")) for name, change in UNSEALED.items()),

@@ -7,11 +7,11 @@ import time
 
 import torch
 import torch.distributed as dist
+from reliability.harness import KILLED, Act, Situation, refused, stopped, unharmed
+from reliability.tiny import die, digest
 from torch import nn
 
 from hf_wash import WashMixer
-from reliability.harness import KILLED, Act, Situation, refused, stopped, unharmed
-from reliability.tiny import die, digest
 
 
 def net(width=8, seed=0):
@@ -75,6 +75,11 @@ def _fill(value, index=1):
     return do
 
 
+def _two(held, optimizers):
+    for index in (0, 2):
+        _fill(math.nan, index)(held, optimizers)
+
+
 def _shape(held, optimizers):
     held[1][0].weight.data = torch.zeros(9, 6)
 
@@ -100,7 +105,15 @@ PROBABILITIES = {
     "a list": [0.5], "a tensor of two": torch.tensor([0.1, 0.2]),
 }  # fmt: skip
 SEEDS = {"negative": -1, "too large": 1 << 64, "a float": 1.0, "a text": "1", "None": None, "True": True}
-STEPS = {"negative": -1, "too large": 1 << 63, "a float": 1.0, "a text": "1", "None": None, "NaN": math.nan, "True": True}
+STEPS = {
+    "negative": -1,
+    "too large": 1 << 63,
+    "a float": 1.0,
+    "a text": "1",
+    "None": None,
+    "NaN": math.nan,
+    "True": True,
+}
 SCHEDULES = {
     "unknown": "rising", "None": None, "a number": 3, "a list": ["decreasing"], "of a module that is not there": {"9": 0.5},
     "of a probability above 1": {"0": 1.5}, "of a text": {"0": "0.5"}, "of NaN": {"0": math.nan},
@@ -113,7 +126,7 @@ AT_ITS_MAKING = {
        if not what.startswith("of a probability") and what not in ("of a text", "of NaN")},
     **{f"a schedule {what}": (made(schedule=SCHEDULES[what]), ["number between 0 and 1"])
        for what in ("of a probability above 1", "of a text", "of NaN")},
-    "no members": (made(lambda: []), ["no members"]),
+    "no members": (made(list), ["no members"]),
     "members that are texts": (made(lambda: ["a", "b"]), ["member"]),
     "members that are state dicts": (made(lambda: [m.state_dict() for m in members()]), ["member"]),
     "members of other widths": (made(lambda: [net(8), net(9)]), ["shape"]),
@@ -148,7 +161,7 @@ IN_THE_LOOP = {
     **{f"a weight that is {value}": (mixed(_fill(value)), "ContagionError", ["Member 1", "step 1"])
        for value in (math.nan, math.inf, -math.inf)},
     "weights of two members that are NaN": (
-        mixed(lambda held, optimizers: (_fill(math.nan, 0)(held, optimizers), _fill(math.nan, 2)(held, optimizers)) and None),
+        mixed(_two),
         "ContagionError",
         ["Members 0, 2"],
     ),
@@ -165,7 +178,9 @@ GOES_ON = {
     "a step twice": mixed(lambda *_: 0),
     "a step backwards": mixed(lambda *_: 1, before=4),
     "steps left out": mixed(lambda *_: 10**12),
-    "new memory of a parameter": mixed(lambda held, _: setattr(held[1][0].weight, "data", held[1][0].weight.data.clone())),
+    "new memory of a parameter": mixed(
+        lambda held, _: setattr(held[1][0].weight, "data", held[1][0].weight.data.clone())
+    ),
     "p of 0": mixed(lambda *_: None, probability=0.0),
     "p of 1": mixed(lambda *_: None, probability=1.0),
     "a single member": lambda place: WashMixer([net()], probability=0.5).mix(0) and None,

@@ -4,11 +4,11 @@ import threading
 from types import SimpleNamespace
 
 import torch
+from reliability.harness import Act, Situation, refused, stopped, unharmed
+from reliability.tiny import SAVING, Points, digest, options, trained, trainer, vit
 from torch import nn
 
 from hf_wash import WashConfig, WashTrainer
-from reliability.harness import Act, Situation, refused, stopped, unharmed
-from reliability.tiny import SAVING, Points, digest, options, trained, trainer, vit
 
 
 class Plain(nn.Module):
@@ -226,7 +226,6 @@ def _transposed():
     model = Plain()
     model.linear.weight.data = model.linear.weight.data.t().contiguous().t()
     return model
-
 
 
 def _double(place):

@@ -3,7 +3,6 @@
 import math
 
 import torch
-
 from reliability.harness import Act, Expected, Situation, stopped, unharmed, warned
 from reliability.tiny import SAVING, STEPS, On, Points, accuracy, outcome, resumed, trained, trainer, vit
 
@@ -141,7 +140,11 @@ def not_hidden(place, metrics) -> str | None:
     if not math.isfinite(metrics["eval_loss"]):
         return f"the soup's loss is {metrics['eval_loss']}"
     hidden = metrics["eval_members_loss_mean"] == metrics["eval_member_0_loss"]
-    return "a member is left out of the mean, and no metric says so" if hidden and not metrics.get("eval_member_1_left_out") else None
+    return (
+        "a member is left out of the mean, and no metric says so"
+        if hidden and not metrics.get("eval_member_1_left_out")
+        else None
+    )
 
 
 def best_before(place):
@@ -190,7 +193,10 @@ OTHERS = {
         poisoned({1: math.nan, 2: math.inf}, 4, mixing="independent", population_size=4),
         warned("Member 1", "member 2", "are left out", check=finite_soup),
     ),
-    "the only member": (poisoned({0: math.nan}, 4, population_size=1), stopped("NaN or infinite", error="RuntimeError")),
+    "the only member": (
+        poisoned({0: math.nan}, 4, population_size=1),
+        stopped("NaN or infinite", error="RuntimeError"),
+    ),
     "the only member, with checkpoints": (
         poisoned({0: math.nan}, 3, population_size=1, **SAVING),
         stopped("member 0", "step 4", error="RuntimeError", check=whole_checkpoints),

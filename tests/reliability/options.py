@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from reliability.harness import Act, Situation, refused
+from reliability.tiny import Points, options, trainer, vit
 from transformers import TrainingArguments
 
 from hf_wash import MemberOverrides, PopulationArguments, WashConfig, WashTrainer
-from reliability.harness import Act, Situation, refused
-from reliability.tiny import Points, options, trainer, vit
 
 
 # Values that no option of the sort takes.
@@ -23,7 +23,15 @@ FRACTION = {
     "a list": [0.1], "numpy's True": np.True_, "a tensor": torch.tensor(0.1), "minus infinite": -float("inf"),
 }  # fmt: skip
 TRUTH = {"text": "False", "0": 0, "1": 1, "None": None, "numpy's 1": np.int64(1), "empty text": "", "a list": []}
-NAME = {"capitals": "WASH", "empty": "", "True": True, "None": None, "a list": ["wash"], "a blank": " wash", "bytes": b"wash"}
+NAME = {
+    "capitals": "WASH",
+    "empty": "",
+    "True": True,
+    "None": None,
+    "a list": ["wash"],
+    "a blank": " wash",
+    "bytes": b"wash",
+}
 
 OF_SORT = {
     **dict.fromkeys(("population_size", "shuffle_interval", "soup_batch_norm_batches"), WHOLE),
@@ -62,7 +70,9 @@ def _made_before(place):
 
 
 def _plain_arguments(place):
-    changes = {name: value for name, value in options(place.run).items() if name in TrainingArguments.__dataclass_fields__}
+    changes = {
+        name: value for name, value in options(place.run).items() if name in TrainingArguments.__dataclass_fields__
+    }
     WashTrainer(vit(), TrainingArguments(**changes), train_dataset=Points())
 
 
@@ -103,13 +113,21 @@ TOGETHER = {
 
 
 def _override(**given) -> Callable:
-    return lambda place: trainer(place, given={"members": [MemberOverrides(), MemberOverrides(**given)]}).train() and None
+    return lambda place: (
+        trainer(place, given={"members": [MemberOverrides(), MemberOverrides(**given)]}).train() and None
+    )
 
 
 OVERRIDES = {
     f"{name}: {what}": (_override(**{name: value}), [name])
     for name, values in {
-        "learning_rate": {"text": "0.1", "negative": -0.1, "NaN": float("nan"), "True": True, "infinite": float("inf")},
+        "learning_rate": {
+            "text": "0.1",
+            "negative": -0.1,
+            "NaN": float("nan"),
+            "True": True,
+            "infinite": float("inf"),
+        },
         "weight_decay": {"text": "0.1", "negative": -0.1, "NaN": float("nan"), "True": True},
         "label_smoothing_factor": {"text": "0.1", "negative": -0.1, "NaN": float("nan"), "above 1": 1.5},
     }.items()

@@ -6,11 +6,11 @@ import sys
 import time
 
 import torch
+from reliability.harness import KILLED, Act, Expected, Situation, refused, stopped, unharmed
+from reliability.tiny import SAVING, On, Points, Stream, accuracy, die, outcome, trained, trainer, vit
 from transformers import TrainerCallback
 
 from hf_wash import WashTrainer
-from reliability.harness import KILLED, Act, Expected, Situation, refused, stopped, unharmed
-from reliability.tiny import SAVING, On, Points, Stream, accuracy, die, outcome, trained, trainer, vit
 
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
@@ -193,7 +193,9 @@ def boom(*_, **__):
 def at_event(event: str, do=boom, step: int | None = None, rank: int = 1, **changes):
     def act(place):
         callbacks = [On(event, lambda state, control: do(), step=step)] if place.rank == rank else []
-        run = trainer(place, given={"callbacks": callbacks, "compute_metrics": accuracy}, **{**SAVING, **EVALUATING, **changes})
+        run = trainer(
+            place, given={"callbacks": callbacks, "compute_metrics": accuracy}, **{**SAVING, **EVALUATING, **changes}
+        )
         run.train()
         run.evaluate()
 
@@ -263,8 +265,9 @@ class FailingTrainer(WashTrainer):
 
 def failing(method: str, rank: int = 1):
     def do(place):
-        from hf_wash import WashConfig
         from reliability.tiny import options
+
+        from hf_wash import WashConfig
 
         args = WashConfig(**options(place.run, **SAVING, **EVALUATING))
         run = FailingTrainer(vit(), args, train_dataset=Points(), eval_dataset=Points(7), compute_metrics=accuracy)
@@ -331,6 +334,7 @@ def at_init(place):
 
 
 # ---- Processes that are lost, leave, or stand still -----------------------------------------------------------------
+
 
 def lost(event: str, step: int | None = None, rank: int = 1, do=die, **changes):
     return at_event(event, do, step, rank, **changes)

@@ -6,7 +6,6 @@ import types
 import httpx
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
-
 from reliability.harness import Act, Situation, refused, stopped, unharmed, warned
 from reliability.tiny import SAVING, On, outcome, trainer
 
@@ -104,8 +103,9 @@ def not_pushed(make):
     """A folder that cannot be pushed."""
 
     def do(place):
-        from hf_wash.hub.push import push_folder
         from reliability.harness import prepared
+
+        from hf_wash.hub.push import push_folder
 
         hub("create_repo", lambda: AssertionError("the Hub was asked"))
         make(place.run)
@@ -161,7 +161,11 @@ def hub_situations():
             HUB, f"create_commit, from the {('second', 'third')[number - 2]} on",
             (Act(pushing("create_commit", error, number), stopped(said, error="PushError", check=whole)),),
         )  # fmt: skip
-    yield Situation(HUB, "a branch that cannot be made", (Act(pushing("create_branch", FAILURES["nothing found"][0], hub_revision="dev"), refused("404")),))
+    yield Situation(
+        HUB,
+        "a branch that cannot be made",
+        (Act(pushing("create_branch", FAILURES["nothing found"][0], hub_revision="dev"), refused("404")),),
+    )
     yield Situation(HUB, "none fails", (Act(pushing(None, None), unharmed(like="undisturbed")),))
     yield Situation(
         HUB, "two processes, create_repo fails",

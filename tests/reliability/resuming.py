@@ -3,10 +3,10 @@
 import os
 import shutil
 
-
-from hf_wash import MemberOverrides
 from reliability.harness import Act, Situation, prepared, refused, unharmed, warned
 from reliability.tiny import SAVING, STEPS, Points, outcome, resumed, trained, trainer, vit
+
+from hf_wash import MemberOverrides
 
 
 def resume(requested="auto", **changes):
@@ -96,7 +96,15 @@ def _folder_of_the_users(run):
 
 
 def _names(run):
-    for name in ("checkpoint-", "checkpoint-x", "checkpoint-04", "checkpoint-4.bak", "checkpoint--4", "Checkpoint-9", "checkpoint-٤"):
+    for name in (
+        "checkpoint-",
+        "checkpoint-x",
+        "checkpoint-04",
+        "checkpoint-4.bak",
+        "checkpoint--4",
+        "Checkpoint-9",
+        "checkpoint-٤",
+    ):
         (run / name).mkdir()
         (run / name / "mine.txt").write_text("mine")
 

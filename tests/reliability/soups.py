@@ -5,12 +5,12 @@ import math
 import os
 
 import torch
+from reliability.harness import Act, Situation, prepared, refused, unharmed
+from reliability.tiny import vit
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_wash import greedy_soup, recalibrate_batch_norm, uniform_soup
-from reliability.harness import Act, Situation, prepared, refused, unharmed
-from reliability.tiny import vit
 
 
 def states(count=3):

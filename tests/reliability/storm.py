@@ -21,14 +21,20 @@ HERE = Path(__file__).parent
 sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-import torch
-
-from reliability import interruptions, tiny
-from reliability.harness import Place, start, verify_newest, wait
+import torch  # noqa: E402
+from reliability import interruptions, tiny  # noqa: E402
+from reliability.harness import Children, Place, start, verify_newest, wait  # noqa: E402
 
 
 STEPS = 60
-RUN = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 3, "eval_strategy": "steps", "eval_steps": 10}
+RUN = {
+    "max_steps": STEPS,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "save_total_limit": 3,
+    "eval_strategy": "steps",
+    "eval_steps": 10,
+}
 LIMIT = 60.0
 
 
@@ -104,7 +110,7 @@ def storm(folder: Path, seed: int, events: int, undisturbed: dict) -> list[str]:
         do = {"NaN": with_nan(ahead, rank), "full disk": with_full_disk(1, rank)}.get(kind, plainly)
         children = start(do, place, folder / f"reports-{number}", 2)
         if kind in ("kill", "lost process"):
-            _until(lambda: step_of(place) >= ahead or children.ended(), 30)
+            _until_step(place, ahead, children)
             time.sleep(draw.uniform(0, 0.15))
             children.kill([rank] if kind == "lost process" else [0, 1])
         ends = wait(children, LIMIT)
@@ -115,7 +121,9 @@ def storm(folder: Path, seed: int, events: int, undisturbed: dict) -> list[str]:
             elif end["error"] is not None:
                 told.append(f"{kind}: {end['error']['message'][:110]}")
             elif not killed and end["code"] != 0:
-                wrong.append(f"event {number}, a {kind}: process {number_of} ends with {end['code']}\n{end['output'][-2000:]}")
+                wrong.append(
+                    f"event {number}, a {kind}: process {number_of} ends with {end['code']}\n{end['output'][-2000:]}"
+                )
         problem = verify_newest(place / "run")
         wrong += [f"after event {number}, a {kind}: {problem}"] if problem is not None else []
         if all(end["code"] == 0 for end in ends):
@@ -130,9 +138,9 @@ def storm(folder: Path, seed: int, events: int, undisturbed: dict) -> list[str]:
     return wrong
 
 
-def _until(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
+def _until_step(place: Path, step: int, children: Children) -> None:
+    end = time.monotonic() + 30
+    while step_of(place) < step and not children.ended() and time.monotonic() < end:
         time.sleep(0.005)
 
 
@@ -152,7 +160,11 @@ def main() -> int:
             began = time.monotonic()
             wrong = storm(root / str(seed), seed, given.events, ends[0]["result"])
             failed += bool(wrong)
-            print("\n".join(wrong) or f"storm {seed}: ends as the undisturbed run, after {time.monotonic() - began:.0f} s", flush=True)
+            print(
+                "\n".join(wrong)
+                or f"storm {seed}: ends as the undisturbed run, after {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
             shutil.rmtree(root / str(seed), ignore_errors=True)
     finally:
         shutil.rmtree(root, ignore_errors=True)

@@ -21,8 +21,8 @@ sys.path[:] = [str(ROOT / "tests"), *(path for path in sys.path if path != str(P
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from reliability.everything import SITUATIONS
-from reliability.harness import OUTCOMES, Server
+from reliability.everything import SITUATIONS  # noqa: E402
+from reliability.harness import OUTCOMES, Server  # noqa: E402
 
 
 PAGE, LISTING = ROOT / "docs" / "reliability.md", ROOT / "docs" / "reliability.csv"
@@ -46,7 +46,9 @@ def table(outcomes: dict[str, str]) -> str:
 
 def listing(outcomes: dict[str, str]) -> list[list[str]]:
     """A row for each situation."""
-    return [[situation.kind, situation.name, str(situation.processes), outcomes[situation.id]] for situation in SITUATIONS]
+    return [
+        [situation.kind, situation.name, str(situation.processes), outcomes[situation.id]] for situation in SITUATIONS
+    ]
 
 
 def expected() -> dict[str, str]:

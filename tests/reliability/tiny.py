@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reliability.harness import Place
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification, set_seed
 from transformers.utils import logging
 
 from hf_wash import WashConfig, WashTrainer
-from reliability.harness import Place
 
 
 STEPS = 6
@@ -188,7 +188,9 @@ def _models(place: Place) -> None:
 
     for seed in range(4):
         export_model(
-            vit(seed), place.folder / f"model_{seed}", check=False,
+            vit(seed),
+            place.folder / f"model_{seed}",
+            check=False,
             processing_class=ViTImageProcessor(size={"height": 8, "width": 8}),
         )
 

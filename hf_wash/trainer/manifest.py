@@ -192,6 +192,8 @@ def _problem(manifest: dict[str, Any]) -> str | None:
         if not is_right(manifest[name]):
             return f"its `{name}` must be {must}, found {_shown(manifest[name])}"
     size, members, files = manifest["population_size"], manifest["members"], manifest["files"]
+    if manifest["step"] > manifest["total_steps"]:
+        return f"its `step` is {manifest['step']} of {manifest['total_steps']}"
     # Nothing is made of a size that the lists do not bear out.
     if len(manifest["overrides"]) != size:
         return f"it has a population of {size}, and lists {len(manifest['overrides'])} members' own settings"

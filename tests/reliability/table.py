@@ -1,11 +1,12 @@
 """
 Tries every situation and writes docs/reliability.md's table and docs/reliability.csv.
 
-`python tests/reliability/table.py [--only TEXT] [--fast] [--write]`
+`python tests/reliability/table.py [--only TEXT] [--fast] [--write] [--results FILE]`
 """
 
 import argparse
 import csv
+import json
 import os
 import re
 import sys
@@ -60,14 +61,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="A regular expression that a situation's kind and name must match.")
     parser.add_argument("--fast", action="store_true", help="Leave out the slow ones.")
-    parser.add_argument("--write", action="store_true", help="Write the table. All situations are tried then.")
+    parser.add_argument("--write", action="store_true", help="Write the table; of all situations, whatever is chosen.")
+    parser.add_argument(
+        "--results", type=Path, help="A file of results: those in it are not tried again unless they fell short."
+    )
     parser.add_argument("--whole", action="store_true", help="Show all that was printed where something fell short.")
     given = parser.parse_args()
     chosen = SITUATIONS if given.write else [s for s in SITUATIONS if re.search(given.only, s.id)]
-    outcomes, times = {}, {}
+    known = json.loads(given.results.read_text()) if given.results is not None and given.results.is_file() else {}
+    outcomes = {s.id: s.outcome for s in SITUATIONS if known.get(s.id) == s.outcome}
+    times: dict[str, float] = {}
     began = time.monotonic()
     with Server() as server, tempfile.TemporaryDirectory(prefix="reliability-") as root:
-        for number, situation in enumerate(s for s in chosen if not (given.fast and s.slow)):
+        for number, situation in enumerate(chosen):
+            if situation.id in outcomes or (given.fast and situation.slow):
+                continue
             answer = server.attempt(situation.id, Path(root) / str(number))
             outcomes[situation.id] = FELL_SHORT if answer["short"] else situation.outcome
             times[situation.id] = answer["seconds"]
@@ -76,10 +84,11 @@ def main() -> int:
                 for text in answer["short"]:
                     print(text if given.whole else text.splitlines()[0][:600])
                 sys.stdout.flush()
+            if given.results is not None:
+                given.results.write_text(json.dumps(outcomes, indent=0))
     wrong = sum(outcome == FELL_SHORT for outcome in outcomes.values())
-    slowest = sorted(times, key=times.get, reverse=True)[:8]
-    print(f"{len(outcomes)} situations in {time.monotonic() - began:.0f} s, {wrong} fell short; slowest: "
-          + ", ".join(f"{name} {times[name]:.1f} s" for name in slowest))  # fmt: skip
+    slowest = ", ".join(f"{name} {times[name]:.1f} s" for name in sorted(times, key=lambda name: -times[name])[:8])
+    print(f"{len(times)} situations in {time.monotonic() - began:.0f} s, {wrong} fell short; slowest: {slowest}")
     if given.write:
         text = PAGE.read_text(encoding="utf-8")
         before, after = text.split(BEGIN)[0], text.split(END)[1]

@@ -229,6 +229,6 @@ SITUATIONS = [
     ),
     Situation(
         KIND, "two processes of which one resumes",
-        (Act(lambda p: resumed(p, "auto" if p.rank else None), refused("resume")),), 2, "unfinished",
+        (Act(lambda p: resumed(p, "auto" if p.rank else None), refused("resuming")),), 2, "unfinished",
     ),
 ]  # fmt: skip

@@ -35,6 +35,7 @@ class Checking(Part):
         def _bring_members_up_to_date(self) -> None: ...
         def _told_to_all(self) -> contextlib.AbstractContextManager[None]: ...
         def _freeze_alike(self) -> None: ...
+        def _check_data(self) -> None: ...
         def _check_before_training(self, resume_from_checkpoint: Any) -> None: ...
         def _check_export_folder(self) -> None: ...
         def _check_output_folder(self) -> None: ...
@@ -80,7 +81,6 @@ class Checking(Part):
 
     def _try_out_together(self) -> list[Tried]:
         """*Collective.* What each process found."""
-        self._check_before_training(None)
         tried, problem, loader = None, None, None
         try:
             loader = self._make_members_loader()
@@ -92,6 +92,7 @@ class Checking(Part):
         if problems:
             alone = self.population.world_size == 1
             raise ValueError("; ".join(text if alone else f"process {rank}: {text}" for rank, text in problems))
+        self._check_before_training(None)
         self._check_export_folder()
         with self._without_new_folders(), stage("Writing to `output_dir`"):
             self._check_output_folder()
@@ -101,6 +102,7 @@ class Checking(Part):
         return [tried for tried, _ in outcomes]
 
     def _make_members_loader(self) -> Any:
+        self._check_data()
         self.get_train_dataloader = self._members_loader
         return self.get_train_dataloader()
 

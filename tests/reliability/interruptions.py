@@ -149,7 +149,7 @@ def save_kills():
             f"in a save, after file {number} was synced",
             killed_at(lambda: _os(), "fsync", 11 + number, after=True),
         )
-    yield "in a rotation, before it", killed_at(lambda: _shutil(), "rmtree", 1, where="checkpoint-2")
+    yield "in a rotation, before it", killed_at(lambda: _shutil(), "rmtree", 1, where="/checkpoint-2")
     yield "in a rotation, half-way", lambda place: _half_rotated(place)
 
 
@@ -157,7 +157,7 @@ def _half_rotated(place):
     own = shutil.rmtree
 
     def rmtree(path, *args, **kwargs):
-        if str(path).endswith("checkpoint-2"):
+        if os.path.basename(path) == "checkpoint-2":
             os.unlink(os.path.join(path, "population.json"))
             die()
         own(path, *args, **kwargs)

@@ -94,7 +94,9 @@ def main() -> int:
         before, after = text.split(BEGIN)[0], text.split(END)[1]
         PAGE.write_text(f"{before}{BEGIN}\n{table(outcomes)}\n{END}{after}", encoding="utf-8")
         with LISTING.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([["kind", "situation", "processes", "what it gets"], *listing(outcomes)])
+            csv.writer(file, lineterminator="\n").writerows(
+                [["kind", "situation", "processes", "what it gets"], *listing(outcomes)]
+            )
     return int(wrong > 0)
 
 

@@ -64,6 +64,8 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "is that of another step": _swap,
 }
 
+# What happens to files by itself.
+USUAL = ("is missing", "is empty", "has a flipped bit in its middle")
 REWRITTEN = ("run/checkpoint-4", "run/checkpoint-4/*")
 
 
@@ -226,7 +228,8 @@ def _sealed_act(harm, says) -> Act:
 
 SITUATIONS = [
     *(
-        situation(KIND, f"{name} {what}", explicitly(of_file(name, damage), "checkpoint-4", *([] if "another step" in what else [name.split("/")[-1]])))
+        situation(KIND, f"{name} {what}", explicitly(of_file(name, damage), "checkpoint-4", *([] if "another step" in what else [name.split("/")[-1]])),
+                  slow=name in ("config.json", "training_args.bin", "trainer_state.json") and what not in USUAL)
         for name in FILES
         for what, damage in DAMAGES.items()
         # Members are alike: of the second one, what depends on the place.

@@ -131,7 +131,9 @@ class Situation:
 
     @property
     def outcome(self) -> str:
-        return self.acts[-1].expected.outcome
+        last = self.acts[-1].expected.outcome
+        # A signal that does what it does without us.
+        return UNHARMED if last == "killed" else last
 
 
 @dataclasses.dataclass(frozen=True)

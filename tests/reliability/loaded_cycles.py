@@ -9,6 +9,7 @@ imported, and end as an interpreter does.
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -77,15 +78,17 @@ def main() -> int:
     wrong, times = [], []
     try:
         for number in range(given.runs):
-            with tempfile.TemporaryDirectory(prefix="cycle-") as root:
-                began = time.monotonic()
-                code = (launched if number < given.launched else forked)(Path(root))
-                times.append(time.monotonic() - began)
-                whole = (Path(root) / "run" / "all_results.json").is_file()
-                if code != 0 or not whole:
-                    wrong.append(number)
-                    print(f"run {number} ends with {code}{'' if whole else ', and not all is saved'}")
-                    print((Path(root) / "log.txt").read_text(errors="replace")[-4000:], flush=True)
+            # Not a `TemporaryDirectory`, which each forked process would remove at its end.
+            root = Path(tempfile.mkdtemp(prefix="cycle-"))
+            began = time.monotonic()
+            code = (launched if number < given.launched else forked)(root)
+            times.append(time.monotonic() - began)
+            whole = (root / "run" / "all_results.json").is_file()
+            if code != 0 or not whole:
+                wrong.append(number)
+                print(f"run {number} ends with {code}{'' if whole else ', and not all is saved'}")
+                print((root / "log.txt").read_text(errors="replace")[-4000:], flush=True)
+            shutil.rmtree(root, ignore_errors=True)
     finally:
         for process in busy:
             process.kill()

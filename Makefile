@@ -1,5 +1,6 @@
 # make train   train a population on the embedded digits; ARGS="--mixing independent" passes flags on
 # make test    run the tests; PYTEST_ARGS="tests/mixing -x" narrows them
+# make test-reliability   all hostile situations, the slow ones too, ten storms and 50 full cycles under load
 # make test-faults   the long fault test: 20 kills at random moments, and the result of an undisturbed run
 # make quality lint, format and static checks; make style fixes what can be fixed
 #
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.hf-wash-installed
 CHECKED := hf_wash examples tests
 
-.PHONY: help install train test test-faults quality style clean
+.PHONY: help install train test test-faults test-reliability quality style clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,7 +43,12 @@ train: $(STAMP)
 # One thread, because results are promised bit for bit at an equal thread count; offline, because nothing in the tests
 # may depend on a download.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest --durations=15 --durations-min=1 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not (reliability and slow)" --durations=15 --durations-min=1 $(PYTEST_ARGS)
+
+test-reliability: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest tests/reliability
+	$(BIN)/python tests/reliability/storm.py
+	$(BIN)/python tests/reliability/loaded_cycles.py
 
 test-faults: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_WASH_KILLS=$${HF_WASH_KILLS:-20} $(BIN)/pytest tests/distributed/test_faults.py

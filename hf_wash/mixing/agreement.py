@@ -51,6 +51,9 @@ def check_members(members: Sequence[nn.Module], numbers: range) -> list[dict[str
     """
     if not members:
         raise ValueError("This process was given no members; every process needs at least one.")
+    strange = next((each for each in members if not isinstance(each, nn.Module)), None)
+    if strange is not None:
+        raise ValueError(f"Each member must be a torch.nn.Module, found a {type(strange).__name__}.")
     architectures = [architecture(member) for member in members]
     for number, theirs in zip(numbers, architectures, strict=True):
         if problem := unlike(architectures[0], theirs, numbers[0], number):

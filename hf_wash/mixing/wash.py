@@ -161,6 +161,9 @@ class WashMixer:
 
     def _check(self, members, optimizers, probability, schedule, seed) -> dict[str, object]:
         """Checks what one process can check by itself. Returns what all of them have to agree on."""
+        strange = next((each for each in optimizers if not hasattr(each, "param_groups")), None)
+        if strange is not None:
+            raise ValueError(f"Each optimizer must be a torch.optim.Optimizer, found a {type(strange).__name__}.")
         check_probability(probability)
         if not isinstance(schedule, Mapping) and schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a mapping, and is {schedule!r}.")

@@ -5,8 +5,10 @@ processes must agree on (`agreement`), what may differ between members (`overrid
 """
 
 from .overrides import MemberOverrides
-from .population import Population, copy_member, grow_buffers, share_frozen
+from .population import Population, check_can_be_copied, copy_member, grow_buffers, share_frozen
 from .streams import RandomStreams
 
 
-__all__ = ["MemberOverrides", "Population", "RandomStreams", "copy_member", "grow_buffers", "share_frozen"]
+__all__ = [
+    "MemberOverrides", "Population", "RandomStreams", "check_can_be_copied", "copy_member", "grow_buffers", "share_frozen",
+]  # fmt: skip

@@ -1,8 +1,10 @@
 """What may differ between members: [`MemberOverrides`], and PAPA's grid of recipes."""
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ class MemberOverrides:
             This member's label smoothing while training, in [0, 1). Evaluation uses the configuration's for all.
 
     Raises:
-        ValueError: for a negative number, or smoothing outside [0, 1).
+        ValueError: for what is no number, a rate or decay that is negative or infinite, or smoothing outside [0, 1).
     """
 
     train_dataset: Any | None = None
@@ -38,11 +40,11 @@ class MemberOverrides:
     def __post_init__(self):
         for name in ("learning_rate", "weight_decay"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"`{name}` of a member must be at least 0, found {value!r}.")
+            if value is not None and not (_is_number(value) and 0 <= value < math.inf):
+                raise ValueError(f"`{name}` of a member must be a number of at least 0, found {value!r}.")
         smoothing = self.label_smoothing_factor
-        if smoothing is not None and not 0 <= smoothing < 1:
-            raise ValueError(f"`label_smoothing_factor` of a member must be in [0, 1), found {smoothing!r}.")
+        if smoothing is not None and not (_is_number(smoothing) and 0 <= smoothing < 1):
+            raise ValueError(f"`label_smoothing_factor` of a member must be a number in [0, 1), found {smoothing!r}.")
 
     def describe(self) -> dict[str, Any]:
         """The overrides as plain values, for comparing processes, manifests and model cards."""
@@ -53,6 +55,10 @@ class MemberOverrides:
             "weight_decay": self.weight_decay,
             "label_smoothing_factor": self.label_smoothing_factor,
         }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _describe_collator(collator: Callable | None) -> Any:

@@ -246,14 +246,36 @@ def copy_member(model: nn.Module, share: bool = True) -> nn.Module:
     Args:
         model (`nn.Module`): The model.
         share (`bool`, *optional*, defaults to `True`): Whether frozen parameters are shared, or copied as well.
+
+    Raises:
+        ValueError: for a model that holds what cannot be copied, such as a lock or an open file.
     """
     copies: dict[int, Any] = {id(p): p for p in model.parameters() if share and not p.requires_grad}
-    made = copy.deepcopy(model, copies)
+    made = _deep_copy(model, copies)
     for module in made.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, (types.MethodType, types.FunctionType)):
                 vars(module)[name] = _of_the_copy(value, copies)
     return made
+
+
+def check_can_be_copied(model: nn.Module) -> None:
+    """
+    Find out early, at no cost in memory, that [`copy_member`] will not work.
+
+    Raises:
+        ValueError: as [`copy_member`].
+    """
+    _deep_copy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def _deep_copy(model: nn.Module, copies: dict[int, Any]) -> nn.Module:
+    try:
+        return copy.deepcopy(model, copies)
+    except Exception as error:  # whatever an attribute does
+        raise ValueError(
+            f"`{type(model).__name__}` cannot be copied, as the soup and members have to be: {error}."
+        ) from error
 
 
 def _of_the_copy(value: Any, copies: dict[int, Any]) -> Any:

@@ -38,6 +38,8 @@ _SAFETENSORS_DTYPES = {
 }
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Pickles that the Trainer writes beside a model.
+_NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
 
 # In the order in which the loaders of the ecosystem look for them.
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -174,7 +176,9 @@ def find_weight_files(path: str | Path) -> list[Path]:
         raise ValueError(
             f"{path} holds several safetensors files and no model.safetensors: {names}; name one of them."
         )
-    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+    pickles = sorted(
+        file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES and file.name not in _NO_WEIGHTS
+    )
     if pickles:
         raise ValueError(_not_safetensors(path, pickles))
     raise ValueError(f"{path} holds no weights: expected model.safetensors in it.")

@@ -4,7 +4,9 @@
 What is compared, and how, is the work of `population.agreement` and `population.examples`.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,11 +41,20 @@ class Agreeing(Part):
         """*Collective, the first of a run.* Data and options of all processes."""
 
         def look() -> dict[str, Any]:
+            self._check_model()
             self._check_data()
             return self._what_must_agree(resume_from_checkpoint)
 
         check_together(self.population, look)
         check_same_examples(self.population, self.train_dataset)
+
+    def _check_model(self) -> None:
+        served = self.soup.member.model if self.soup.is_built else None
+        if all(self.model is not known for known in (*self.population.members, served)):
+            raise ValueError(
+                "Another model was put into `trainer.model` after the members had been made of the first one, and would "
+                "not be trained: give it to a new Trainer, or change the members, `trainer.population.members`."
+            )
 
     def _what_must_agree(self, resume_from_checkpoint: Any) -> dict[str, Any]:
         # Where a run is written and reported may differ between machines; what is computed may not.
@@ -51,7 +62,7 @@ class Agreeing(Part):
         options = {name: str(value) for name, value in self.args.to_dict().items() if name not in local}
         facts: dict[str, Any] = {f"option {name}": value for name, value in options.items()}
         asked = str(resume_from_checkpoint).lower()
-        facts["resuming"] = asked if asked in ("none", "false", "true", "auto") else "from a folder"
+        facts["resuming"] = asked if asked in ("none", "false", "true", "auto") else f"from {Path(asked).name}"
         facts["architecture"] = describe_architecture(self.population.wholes[0])
         facts["overrides"] = [overrides.describe() for overrides in self._overrides]
         facts["examples to evaluate on"] = how_many(self.eval_dataset)
@@ -108,7 +119,7 @@ class Agreeing(Part):
             try:
                 with as_member(self, member):
                     loader = self.get_train_dataloader()
-                    batch = loader.collate_fn([loader.dataset[0]])
+                    batch = self._batch_of(loader.dataset[0], loader.collate_fn, member.index)
             finally:
                 streams.restore(before)
             if not has_labels(batch, self.label_names):
@@ -116,3 +127,13 @@ class Agreeing(Part):
                     f"The training set of member {member.index} has no labels: a batch has none of "
                     f"{', '.join(self.label_names)}."
                 )
+
+    @staticmethod
+    def _batch_of(example: Any, collate: Callable, index: int) -> Any:
+        try:
+            return collate([example])
+        except Exception as error:  # a collator's own words say little of where the example came from
+            raise ValueError(
+                f"No batch can be made of the first example of member {index}'s training set, a "
+                f"`{type(example).__name__}`: {type(error).__name__}: {error}."
+            ) from error

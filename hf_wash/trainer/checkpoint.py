@@ -105,6 +105,9 @@ def write(
             shutil.rmtree(staging, ignore_errors=True)
 
     def begin() -> None:
+        for path in (folder, staging):
+            if leads and path.exists() and not path.is_dir():
+                raise FileExistsError(f"`{path}` is there already, and no folder")
         if leads:
             clean_up()
             staging.mkdir(parents=True)
@@ -216,8 +219,13 @@ def write_member(
     files = [folder / MEMBER_WEIGHTS]
     save_file(weights, files[0], metadata={"format": "pt"})
     if training is not None:
-        with _without_crc32():
-            torch.save(dict(training), folder / OPTIMIZER)
+        try:
+            with _without_crc32():
+                torch.save(dict(training), folder / OPTIMIZER)
+        except RuntimeError as error:  # torch does not say why it could not write (2.14)
+            raise OSError(
+                f"`{folder / OPTIMIZER}` could not be written, for want of space or for a broken disk ({error})"
+            ) from error
         (folder / STREAMS).write_text(json.dumps(streams), encoding="utf-8")
         files += [folder / OPTIMIZER, folder / STREAMS]
     return files

@@ -227,6 +227,7 @@ class Checkpointing(Part):
             "total_steps": self._total_steps,
             "epoch": self._batches.epoch,
             "position": self._batches.position,
+            "batches": self._batches_in_an_epoch(),
             "population_size": self.population.size,
             "seed": args.seed,
             "probability": self.mixing.probability,
@@ -382,8 +383,17 @@ class Checkpointing(Part):
         return
 
     def _continue_from(self, resume: dict[str, Any], epoch: int, placeholders: int) -> None:
-        self._batches.resume_at(epoch, placeholders, resume["manifest"], resume["streams"])
+        manifest, now = resume["manifest"], self._batches_in_an_epoch()
+        if manifest.get("batches", now) != now and self.population.rank == 0:  # older versions did not say
+            logger.warning(
+                f"An epoch has {now} batches and had {manifest['batches']} when `{resume['folder']}` was written: the run "
+                "goes on with other data."
+            )
+        self._batches.resume_at(epoch, placeholders, manifest, resume["streams"])
         self._count_on(resume)
+
+    def _batches_in_an_epoch(self) -> int | None:
+        return len(self._batches) if self._batches.sized else None
 
     def _count_on(self, resume: dict[str, Any]) -> None:
         manifest, parts = resume["manifest"], resume["parts"]

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from transformers import TrainerState
+
 from ..config import PopulationArguments
 from ..soup.weights import open_member
 
@@ -190,6 +192,8 @@ def _problem(manifest: dict[str, Any]) -> str | None:
         if not is_right(manifest[name]):
             return f"its `{name}` must be {must}, found {_shown(manifest[name])}"
     size, members, files = manifest["population_size"], manifest["members"], manifest["files"]
+    if manifest["step"] > manifest["total_steps"]:
+        return f"its `step` is {manifest['step']} of {manifest['total_steps']}"
     # Nothing is made of a size that the lists do not bear out.
     if len(manifest["overrides"]) != size:
         return f"it has a population of {size}, and lists {len(manifest['overrides'])} members' own settings"
@@ -243,9 +247,13 @@ def verify(folder: str | Path) -> dict[str, Any]:
         state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
         if not isinstance(state, dict) or state.get("global_step") != manifest["step"]:
             raise InvalidCheckpoint(f"`{folder / TRAINER_STATE}` is not that of step {manifest['step']}")
+        whole = TrainerState(**state)
+        if not isinstance(whole.log_history, list) or not isinstance(whole.stateful_callbacks, dict):
+            raise InvalidCheckpoint(f"`{folder / TRAINER_STATE}` is no state of a Trainer")
     except InvalidCheckpoint:
         raise
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a link to itself, or JSON nested too deeply
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        # RuntimeError: a link to itself, or JSON nested too deeply; TypeError: what no Trainer's state has
         raise InvalidCheckpoint(f"`{folder}` cannot be read ({error})") from error
     return manifest
 

@@ -11,7 +11,7 @@ from transformers import set_seed
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import enable_full_determinism
 
-from ..population import Population, share_frozen
+from ..population import Population, check_can_be_copied, share_frozen
 from ..population.agreement import check_same_architecture
 from ..population.consensus import ConsensusSample
 from .member import Member, MemberAccelerator, arguments_of_member, around_another, find_around, whole_of
@@ -43,9 +43,14 @@ class Populating(Part):
             seed = self.args.seed + index
             enable_full_determinism(seed) if self.args.full_determinism else set_seed(seed)
             member = make(index)
+            if any(member is other for other in population.members):
+                raise ValueError(
+                    "`model_init` must make a new model for each member, and returned the same model again."
+                )
             population.add(member, population.streams.capture())
         population.streams.restore(outside)
         check_same_architecture(population)
+        check_can_be_copied(population.members[0])
         if self.args.same_init:
             self._start_from_member_0()
         for member in population.members[1:]:

@@ -104,9 +104,23 @@ def refuse_for_several(args: Any, size: int, model: Any, optimizers: tuple) -> N
 
 def output_folder_problem(folder: Path) -> str | None:
     """Why nothing could be written to a folder, as the rest of a sentence. Makes nothing."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if _is_there(path))
+    except (OSError, ValueError) as error:  # too long a name, or NUL in it
+        return f"cannot be made: {error}"
+    if there.is_symlink() and not os.path.exists(there):
+        return f"cannot be made: `{there}` is a link to what is not there"
     if not there.is_dir():
         return "is a file" if there == folder else f"cannot be made: `{there}` is a file"
     if not os.access(there, os.W_OK | os.X_OK):
         return "cannot be written to" if there == folder else f"cannot be made: `{there}` cannot be written to"
     return None
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is anything of this name, a link to nothing included."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

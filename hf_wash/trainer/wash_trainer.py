@@ -51,6 +51,9 @@ class WashTrainer(PopulationMixin, Trainer):
     """
 
     def __init__(self, model=None, args: WashConfig | None = None, *further, **named):
+        if model is not None and not isinstance(model, nn.Module):
+            found = f"the class `{model.__name__}`" if isinstance(model, type) else f"a `{type(model).__name__}`"
+            raise ValueError(f"`model` must be a `torch.nn.Module`, found {found}.")
         super().__init__(model, args if args is not None else WashConfig(output_dir="tmp_trainer"), *further, **named)
 
     _example: dict[str, Any] | None = None

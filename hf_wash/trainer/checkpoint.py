@@ -312,9 +312,10 @@ def checked(population: Population, work: Callable[[], Any]) -> list:
     except (ValueError, OSError) as error:
         problem = str(error).rstrip(".")
     outcomes = population.gather_processes((result, problem))
-    problem = next((text for _, text in outcomes if text is not None), None)
-    if problem is not None:
-        raise InvalidCheckpoint(f"Cannot resume: {problem}.")
+    for rank, (_, text) in enumerate(outcomes):
+        if text is not None:
+            # Process 0 speaks for all: it is the one that looks for a checkpoint.
+            raise InvalidCheckpoint(f"Cannot resume: {f'process {rank}: ' if rank else ''}{text}.")
     return [value for value, _ in outcomes]
 
 

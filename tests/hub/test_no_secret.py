@@ -4,7 +4,7 @@ import multiprocessing
 
 import pytest
 from hub.loopback_hub import WRITER
-from hub.secret_script import KEY, NESTED, Config
+from hub.secret_script import KEY, NESTED, Config, tell_token
 
 from hf_wash.secret_options import is_secret
 
@@ -49,14 +49,10 @@ def test_nothing_that_is_logged_holds_a_secret(printed):
     assert not [secret for secret in SECRETS if secret.decode() in printed]
 
 
-def _token_of(config, answer):
-    answer.put(config.hub_token)
-
-
 def test_a_process_that_is_started_with_the_options_has_the_token(tmp_path):
     context = multiprocessing.get_context("spawn")
     answer = context.Queue()
-    process = context.Process(target=_token_of, args=(Config(str(tmp_path), use_cpu=True, hub_token=WRITER), answer))
+    process = context.Process(target=tell_token, args=(Config(str(tmp_path), use_cpu=True, hub_token=WRITER), answer))
     process.start()
     try:
         assert answer.get(timeout=60) == WRITER

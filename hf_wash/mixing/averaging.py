@@ -297,8 +297,12 @@ class PeriodicAverageMixer(AveragingMixer):
         process_group: dist.ProcessGroup | None = None,
     ):
         self.interval, self.first, self.last = interval, first, last
-        options = {"interval": interval, "first": first, "last": last, "buffers": buffers}
-        super().__init__(members, options, buffers=buffers, process_group=process_group)
+        super().__init__(
+            members, {**self._options(), "buffers": buffers}, buffers=buffers, process_group=process_group
+        )
+
+    def _options(self) -> dict[str, Any]:
+        return {"interval": self.interval, "first": self.first, "last": self.last}
 
     def _check(self) -> None:
         check_steps(self.interval, "interval")
@@ -353,6 +357,9 @@ class PairAverageMixer(PeriodicAverageMixer):
         super().__init__(
             members, interval=interval, first=first, last=last, buffers=buffers, process_group=process_group
         )
+
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "seed": self.seed}
 
     def pairs(self, step: int) -> list[tuple[int, int]]:
         """The parents of each member, a pair of different ones for each of the N."""

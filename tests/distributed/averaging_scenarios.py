@@ -101,6 +101,7 @@ def other_options():
     rank = dist.get_rank()
     return {
         "interval": caught(ValueError, lambda: PeriodicAverageMixer(model(rank), interval=2 + rank)),
+        "seed": caught(ValueError, lambda: PairAverageMixer(model(rank), interval=2, seed=rank)),
         "method": caught(
             ValueError,
             lambda: PeriodicAverageMixer(model(rank), interval=2) if rank else SpartaMixer(model(rank)),

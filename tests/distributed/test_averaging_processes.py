@@ -96,5 +96,6 @@ def test_a_stop_that_one_process_asks_for_travels_with_the_next_exchange(answers
 def test_options_and_methods_that_differ_are_named_on_all_processes(answers):
     for answer in answers("other_options"):
         assert "agree on the interval: process 0 has 2 and process 1 3" in answer["interval"]
+        assert "agree on the seed: process 0 has 0 and process 1 1" in answer["seed"]
         assert "agree on the method: process 0 has 'SpartaMixer' and process 1 'Periodic" in answer["method"]
         assert "probability must be a number between 0 and 1, and is 2.0" in answer["one is wrong"]

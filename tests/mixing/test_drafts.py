@@ -4,6 +4,8 @@ import gc
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -106,3 +108,22 @@ def test_a_mixer_that_is_dropped_leaves_no_thread_and_no_member_behind():
         time.sleep(0.01)
     assert not [t for t in threading.enumerate() if t.name.startswith("hf_wash")]
     assert gone() is None
+
+
+FREED_AMID_A_LOCK = """
+import threading, torch
+from hf_wash import WashMixer
+
+mixer = WashMixer([torch.nn.Linear(5, 5) for _ in range(2)], probability=0.5)
+mixer.mix(0)
+with threading._active_limbo_lock:  # as a garbage collection may find it, and an ending thread takes it
+    del mixer
+print("freed")
+"""
+
+
+def test_a_mixer_is_freed_without_a_wait_whatever_lock_is_held():
+    done = subprocess.run(
+        [sys.executable, "-c", FREED_AMID_A_LOCK], capture_output=True, text=True, timeout=120
+    )  # a deadlock before the thread was only told to end
+    assert done.stdout == "freed\n", done.stderr

@@ -41,6 +41,7 @@ from .member import LocalMembers, as_member
 from .mixing_run import MixingRun
 from .populating import Populating
 from .publishing import Publishing
+from .reporting import Reporting
 from .requests import Requests
 from .served_soup import ServedSoup
 from .serving import Serving
@@ -61,7 +62,7 @@ def _end_process_group_at_exit() -> None:
     atexit.register(end)
 
 
-class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Checkpointing, Publishing):
+class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Checkpointing, Reporting, Publishing):
     """
     Makes a population of any [`~transformers.Trainer`]: put it in front of the Trainer, and [`PopulationArguments`] in
     front of its arguments.
@@ -500,6 +501,7 @@ class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Check
         result = super()._finalize_training(trial, num_train_samples * self.population.size, *args, **kwargs)
         if self.args.push_members:
             self.save_members()
+        self._report_at_the_end()
         return result
 
     # ---- Save ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ the values come from is `gather`'s and `survey`'s business. Needs matplotlib, wh
 """
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,10 +73,37 @@ def _finish(axes: Any, look: Look, x: str, y: str, grid: str | None = "both") ->
         axes.set_axisbelow(True)
 
 
-def _legend(axes: Any, look: Look, **options: Any) -> None:
+def _legend(axes: Any, look: Look) -> None:
     handles, _ = axes.get_legend_handles_labels()
     if handles:
-        axes.legend(frameon=False, labelcolor=look.ink, fontsize=8.5, handlelength=3, **options)
+        axes.legend(frameon=False, labelcolor=look.ink, fontsize=8.5, handlelength=3)
+
+
+def _legend_below(figure: "Figure", axes: Any, look: Look) -> None:
+    """Where lines may be anywhere."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        labelcolor=look.ink,
+        fontsize=8.5,
+        handlelength=3,
+    )
+
+
+def _at_least(axes: Any, span: float, low: float = -math.inf, high: float = math.inf) -> None:
+    """A vertical axis that spans so much: noise should not look like a mountain."""
+    bottom, top = axes.get_ylim()
+    missing = max(0.0, span - (top - bottom)) / 2
+    bottom, top = bottom - missing, top + missing
+    if bottom < low:
+        bottom, top = low, top + (low - bottom if missing else 0)
+    if top > high:
+        bottom, top = bottom - (top - high if missing else 0), high
+    axes.set_ylim(bottom, top)
 
 
 def _every(count: int) -> int:
@@ -156,13 +184,17 @@ def draw_consensus(look: Look, distances: Series) -> "Figure | None":
     if len(distances[0]) < 2:
         return None
     figure, axes = new_figure(look)
-    axes.plot(*distances, color=look.accent, linewidth=2, marker="o", markersize=3.5, markevery=_every(len(distances[0])))
+    axes.plot(
+        *distances, color=look.accent, linewidth=2, marker="o", markersize=3.5, markevery=_every(len(distances[0]))
+    )
     axes.set_ylim(bottom=0)
     _finish(axes, look, "optimizer step", "consensus distance\n(Euclidean, in units of a weight)")
     return figure
 
 
-def draw_layers(look: Look, names: Sequence[str], steps: Sequence[float], spreads: Sequence[Sequence[float]]) -> "Figure | None":
+def draw_layers(
+    look: Look, names: Sequence[str], steps: Sequence[float], spreads: Sequence[Sequence[float]]
+) -> "Figure | None":
     """
     How far members are from their mean, layer by layer: over the run as a heat map, or at one step as bars.
 
@@ -173,14 +205,15 @@ def draw_layers(look: Look, names: Sequence[str], steps: Sequence[float], spread
     """
     if not names or not steps:
         return None
-    what = "root mean square distance of a weight\nfrom the members' mean"
+    what = "root mean square distance of a weight from the mean"
     ticks = sorted({round(i * (len(names) - 1) / 7) for i in range(8)}) if len(names) > 8 else list(range(len(names)))
     labels = [_short(names[tick]) for tick in ticks]
     if len(steps) < 2:
         figure, axes = new_figure(look, 1.3)
         axes.barh(range(len(names)), spreads[0], color=look.accent, edgecolor=look.face, linewidth=0.4)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        _finish(axes, look, what.replace("\n", " "), "layer, from input to output", grid="x")
+        axes.locator_params(axis="x", nbins=4)
+        _finish(axes, look, what, "layer, from input to output", grid="x")
     else:
         figure, axes = new_figure(look, 1.3)
         image = axes.pcolormesh(
@@ -189,7 +222,7 @@ def draw_layers(look: Look, names: Sequence[str], steps: Sequence[float], spread
         )  # fmt: skip
         axes.set_ylim(len(names) - 0.5, -0.5)
         bar = figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.02)
-        bar.set_label(what.replace("\n", " "), color=look.ink, fontsize=9)
+        bar.set_label(what, color=look.ink, fontsize=9)
         bar.ax.tick_params(colors=look.ink, labelsize=8)
         bar.outline.set_edgecolor(look.ink)  # type: ignore[operator]
         _finish(axes, look, "optimizer step", "layer, from input to output", grid=None)
@@ -198,12 +231,12 @@ def draw_layers(look: Look, names: Sequence[str], steps: Sequence[float], spread
 
 
 def _short(name: str, length: int = 26) -> str:
-    return name if len(name) <= length else f"…{name[1 - length:]}"
+    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def _edges(steps: Sequence[float]) -> list[float]:
     """The borders between columns: halfway between the steps."""
-    between = [(a + b) / 2 for a, b in zip(steps, steps[1:], strict=False)]
+    between = [(a + b) / 2 for a, b in itertools.pairwise(steps)]
     return [steps[0] - (between[0] - steps[0]), *between, steps[-1] + (steps[-1] - between[-1])]
 
 
@@ -224,7 +257,7 @@ def draw_bytes(look: Look, amounts: Mapping[str, float], steps: int) -> "Figure 
         own = name == first
         axes.barh(
             height, amount, color=look.soup if own else look.members, edgecolor=look.ink, linewidth=0.6, height=0.6,
-            hatch=None if own else "///",
+            hatch=None if own else "///", alpha=1.0 if own else 0.75,
         )  # fmt: skip
         axes.annotate(
             f"{bytes_text(amount)}, {bytes_text(amount / steps)} a step", (amount, height), xytext=(5, 0),
@@ -233,7 +266,7 @@ def draw_bytes(look: Look, amounts: Mapping[str, float], steps: int) -> "Figure 
     axes.set_xscale("log")
     low, high = min(shown.values()), max(shown.values())
     # Room for the words behind the longest bar.
-    axes.set_xlim(low / 5, high * (high / low * 5) ** 0.75)
+    axes.set_xlim(low / 5, high * (high / low * 5) ** 0.6)
     axes.set_yticks(range(len(shown)), list(shown))
     axes.invert_yaxis()
     _finish(axes, look, "bytes sent in the whole run, all members together (log scale)", "", grid="x")
@@ -260,7 +293,7 @@ def draw_lines(look: Look, lines: Sequence[Mapping[str, Any]]) -> "Figure | None
     if not lines:
         return None
     accurate = all(line.get("accuracy") is not None for line in lines)
-    figure, axes = new_figure(look, 1.75 if accurate else 1.0, panels=2 if accurate else 1)
+    figure, axes = new_figure(look, 2.0 if accurate else 1.2, panels=2 if accurate else 1)
     panels = [("loss", "loss (nats)", 1.0), ("accuracy", "accuracy in %", 100.0)][: 2 if accurate else 1]
     between = [line for line in lines if line["to"] != "soup"]
     for each, (key, label, scale) in zip(axes if accurate else [axes], panels, strict=True):
@@ -279,8 +312,9 @@ def draw_lines(look: Look, lines: Sequence[Mapping[str, Any]]) -> "Figure | None
             )  # fmt: skip
         if any(line["to"] == "soup" for line in lines):
             each.axvline(1.0, color=look.soup, linewidth=0.8, linestyle=":")
+        _at_least(each, 10.0, high=101.0) if key == "accuracy" else _at_least(each, 0.25 * each.get_ylim()[1], low=0.0)
         _finish(each, look, "position on the line (0: its start, 1: its end)", label)
-    _legend(axes[0] if accurate else axes, look)
+    _legend_below(figure, axes[0] if accurate else axes, look)
     return figure
 
 
@@ -323,7 +357,7 @@ def draw_reliability(look: Look, calibrations: Mapping[str, Mapping[str, Any]]) 
     """
     if not calibrations:
         return None
-    figure, axes = new_figure(look, 1.15)
+    figure, axes = new_figure(look, 1.35)
     axes.plot([0, 100], [0, 100], color=look.grid, linewidth=1.5, label="as often right as confident")
     members = [name for name in calibrations if name.startswith("member ")]
     for name in [*members, *(name for name in ("ensemble", "soup") if name in calibrations)]:
@@ -341,5 +375,5 @@ def draw_reliability(look: Look, calibrations: Mapping[str, Mapping[str, Any]]) 
     axes.set_xlim(0, 102)
     axes.set_ylim(-2, 102)
     _finish(axes, look, "confidence: mean of the highest probability, in %", "accuracy in %")
-    _legend(axes, look, loc="upper left")
+    _legend_below(figure, axes, look)
     return figure

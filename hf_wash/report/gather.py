@@ -85,9 +85,7 @@ class Run:
 
 def points(log: Sequence[Mapping[str, Any]], key: str, scale: float = 1.0) -> tuple[list, list]:
     """Steps and values of a key of a log. The last entry of a step counts: a final evaluation may repeat an earlier one."""
-    values = {
-        entry["step"]: entry[key] for entry in log if is_number(entry.get(key)) and is_number(entry.get("step"))
-    }
+    values = {entry["step"]: entry[key] for entry in log if is_number(entry.get(key)) and is_number(entry.get("step"))}
     return list(values), [value * scale for value in values.values()]
 
 
@@ -146,7 +144,9 @@ def read_survey(folder: Path) -> dict[str, Any]:
     lines, layers = found.get("lines", []), found.get("layers", {})
     keys = ("fractions", "loss")
     whole = isinstance(lines, list) and isinstance(layers, dict)
-    whole = whole and all(isinstance(line, dict) and all(isinstance(line.get(k), list) for k in keys) for line in lines)
+    whole = whole and all(
+        isinstance(line, dict) and all(isinstance(line.get(k), list) for k in keys) for line in lines
+    )
     if not whole or found.get("format") != 1:
         raise ValueError(f"{path} holds no measurements that this version can read: remove it, and measure again.")
     return found
@@ -154,7 +154,9 @@ def read_survey(folder: Path) -> dict[str, Any]:
 
 def _newest_checkpoint(folder: Path) -> Path | None:
     steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if path.is_dir()}
-    return max((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]), default=None)
+    return max(
+        (path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]), default=None
+    )
 
 
 def _fill_layers(run: Run, members: Sequence[Path]) -> None:
@@ -219,7 +221,13 @@ def _of_saved_members(members: Sequence[Path]) -> tuple[list[str], list[float]]:
 def _natural(name: Any) -> list[Any]:
     """So that layer 10 comes after layer 9; what heads a model comes last and what it begins with first."""
     text = str(name)
-    kind = 2 if re.match(r"(classifier|fc|head|lm_head|score)\b", text) else 0 if "embed" in text.split("encoder")[0] else 1
+    kind = (
+        2
+        if re.match(r"(classifier|fc|head|lm_head|score)\b", text)
+        else 0
+        if "embed" in text.split("encoder")[0]
+        else 1
+    )
     return [kind, *((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text))]
 
 

@@ -65,7 +65,9 @@ def barrier_height(fractions: Sequence[float], losses: Sequence[float]) -> float
     """
     by_fraction = dict(zip(fractions, losses, strict=True))
     if 0.0 not in by_fraction or 1.0 not in by_fraction:
-        raise ValueError("A barrier is measured against the losses at the fractions 0 and 1, and one of them is missing.")
+        raise ValueError(
+            "A barrier is measured against the losses at the fractions 0 and 1, and one of them is missing."
+        )
     if not all(math.isfinite(loss) for t, loss in by_fraction.items() if 0 <= t <= 1):
         return math.nan
     start, end = by_fraction[0.0], by_fraction[1.0]
@@ -160,7 +162,9 @@ class LayerSample:
             numels = [parameter.numel() for parameter in parameters.values()]
             total = sum(numels)
             chosen = (
-                torch.arange(total) if total <= size else torch.randint(total, (size,), generator=generator).sort().values
+                torch.arange(total)
+                if total <= size
+                else torch.randint(total, (size,), generator=generator).sort().values
             )
             self.names.append(layer or "(root)")
             self.sizes.append(total)

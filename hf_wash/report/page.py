@@ -217,7 +217,11 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 def _results(run: Run, examples: str) -> dict[str, Any] | None:
     metrics = run.metrics
     names = [name for name in ("accuracy", "loss", "ece") if f"eval_{name}" in metrics]
-    says = {"accuracy": ("accuracy", _percent), "loss": ("loss (nats)", _plain), "ece": ("calibration error", _percent)}
+    says = {
+        "accuracy": ("accuracy", _percent),
+        "loss": ("loss (nats)", _plain),
+        "ece": ("calibration error", _percent),
+    }
     keys = {f"member {i}": f"eval_member_{i}_{{}}" for i in range(run.size or 0)}
     keys |= {"members' mean": "eval_members_{}_mean", "ensemble": "eval_ensemble_{}", "soup": "eval_{}"}
     if names:
@@ -228,7 +232,9 @@ def _results(run: Run, examples: str) -> dict[str, Any] | None:
     if not answers:
         return None
     order = [*(name for name in answers if name.startswith("member ")), "ensemble", "soup"]
-    rows = [[name, _percent(answers[name]["accuracy"]), _plain(answers[name]["loss"])] for name in order if name in answers]
+    rows = [
+        [name, _percent(answers[name]["accuracy"]), _plain(answers[name]["loss"])] for name in order if name in answers
+    ]
     return {"columns": ["", "accuracy", "loss (nats)"], "rows": rows, "source": f"On {examples}, at the end."}
 
 
@@ -263,7 +269,9 @@ def _basin(run: Run) -> str:
     barrier = run.surveyed.get("barrier")
     lines = [line for line in run.surveyed.get("lines", []) if line["to"] != "soup"]
     if barrier is None or not lines:
-        return "On a line between members the loss is not finite somewhere, so there is no saying how high a barrier is."
+        return (
+            "On a line between members the loss is not finite somewhere, so there is no saying how high a barrier is."
+        )
     worst = max(lines, key=lambda line: line["barrier"])
     ends = (worst["loss"][0] + worst["loss"][-1]) / 2
     between = f"between {worst['from']} and {worst['to'].removeprefix('member ')}"
@@ -315,7 +323,14 @@ def _recipe(run: Run) -> list[list[str]]:
         ("hardware", hardware.get("text")),
     ]  # fmt: skip
     return [
-        [name, f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else printable(str(value))]
+        [
+            name,
+            f"{value:,}"
+            if isinstance(value, int)
+            else f"{value:g}"
+            if isinstance(value, float)
+            else printable(str(value)),
+        ]
         for name, value in rows
         if value not in (None, False)
     ]

@@ -149,7 +149,9 @@ def survey(
     failures = [f"process {rank}: {failure}" for rank, (failure, _) in enumerate(told) if failure is not None]
     if failures:
         raise RuntimeError("; ".join(failures))
-    found["lines"] = [next(line for line in same if line is not None) for same in zip(*(own for _, own in told), strict=True)]
+    found["lines"] = [
+        next(line for line in same if line is not None) for same in zip(*(own for _, own in told), strict=True)
+    ]
     barriers = [line["barrier"] for line in found["lines"] if line["to"] != SOUP]
     found["barrier"] = max(barriers) if barriers and None not in barriers else None
     everyone = population.gather([(a.loss, a.logits, a.labels) if a is not None else None for a in answers])

@@ -257,6 +257,7 @@ class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Check
         self._bring_members_up_to_date()
         for member in self.population.members[1:]:
             self._enable_activation_checkpointing(member)  # Trainer has enabled it on the model it knows
+        self._attach_diagnostics()
         # For the loop's one call: whoever else asks for a loader gets the Trainer's own, and changes nothing.
         self.get_train_dataloader = self._members_loader
         return super()._inner_training_loop(*args, **kwargs)

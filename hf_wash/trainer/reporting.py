@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Subset
-from transformers import set_seed
+from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..population import grow_buffers
+from ..report.diagnostics import PopulationDiagnostics
 from ..report.page import can_draw, write_report
 from ..report.survey import EXAMPLES, Answers, choose_examples, survey
 from ..sentences import first_line
@@ -86,6 +87,35 @@ class Reporting(Part):
         super().save_state()
         self._write_report()
 
+    # ---- While it trains ---------------------------------------------------------------------------------------------
+
+    @property
+    def _diagnostics(self) -> list[PopulationDiagnostics]:
+        return [each for each in self.callback_handler.callbacks if isinstance(each, PopulationDiagnostics)]
+
+    def _attach_diagnostics(self) -> None:
+        for each in self._diagnostics:
+            each.attach(self.population, self._log_beside_the_terminal, self._survey_or_nothing)
+
+    def _log_beside_the_terminal(self, values: dict[str, float]) -> None:
+        """As `log`, but not to the terminal, where a value for each layer would drown all others."""
+        handler = self.callback_handler
+        everyone = handler.callbacks
+        handler.callbacks = [each for each in everyone if not isinstance(each, PrinterCallback | ProgressCallback)]
+        try:
+            self.log(values)
+        finally:
+            handler.callbacks = everyone
+
+    def _survey_or_nothing(self) -> dict[str, Any]:
+        """*Collective.* As `_survey`; empty, and said why, where that failed."""
+        try:
+            return self._survey()
+        except Exception as error:  # on every process alike
+            if self.is_world_process_zero():
+                logger.warning(f"The barrier between members could not be measured ({first_line(error)}).")
+            return {}
+
     # ---- What is measured --------------------------------------------------------------------------------------------
 
     def _survey(self) -> dict[str, Any]:
@@ -131,7 +161,9 @@ class Reporting(Part):
         self.population.do_together("Preparing the report", prepare)
         about = {
             "examples": sum(find_batch_size(batch) or 0 for batch in examples),
-            "data": "the evaluation data, evenly spaced" if self._sized(self._data_to_survey()) else "the evaluation data",
+            "data": "the evaluation data, evenly spaced"
+            if self._sized(self._data_to_survey())
+            else "the evaluation data",
             "batch_norm": self._said_of_batch_norm(soup, training),
         }
         if not examples:

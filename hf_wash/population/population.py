@@ -103,14 +103,17 @@ class Population:
         dist.all_gather_object(parts, value)
         return parts
 
-    def do_together(self, what: str, work: Callable[[], Any], clean_up: Callable[[], None] = lambda: None) -> list:
+    def do_together(
+        self, what: str, work: Callable[[], Any], clean_up: Callable[[], None] = lambda: None, advice: str = ""
+    ) -> list:
         """
         *Collective.* Do what may fail on one process alone, so that no other one waits for it.
 
         Args:
             what (`str`): What is done, for the message.
             work (`Callable`): What this process has to do.
-            clean_up (`Callable`, *optional*): Called before the error is raised.
+            clean_up (`Callable`, *optional*): Called on every process before the error is raised.
+            advice (`str`, *optional*): What to do then, for the message.
 
         Returns:
             `list`: What each process's `work` returned, in the order of their ranks. Small: it is pickled.
@@ -127,7 +130,8 @@ class Population:
         failures = [f"process {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
         if failures:
             clean_up()
-            raise known_to_all(RuntimeError(f"{what} failed ({'; '.join(failures)}).")) from error
+            said = f"{what} failed ({'; '.join(failures)}). {advice}".rstrip()
+            raise known_to_all(RuntimeError(said)) from error
         return [value for value, _ in outcomes]
 
     def broadcast(self, value, source: int = 0):

@@ -42,6 +42,8 @@ class Checking(Part):
         def _members_loader(self) -> Any: ...
         def _in_a_members_place(self, whole: nn.Module) -> Member: ...
         def _enable_activation_checkpointing(self, member: nn.Module) -> None: ...
+        def _recalibrates(self, model: nn.Module) -> bool: ...
+        def _recalibrate(self, model: nn.Module, batches: Any) -> None: ...
 
     def check(self) -> DryRun:
         """
@@ -134,6 +136,9 @@ class Checking(Part):
                     example, loss = self._try_step(probe)
                     tried.losses.append(loss)
                 if member is self.members[0]:
+                    if example is not None and self._recalibrates(probe.model):
+                        with stage("The pass that recalibrates the soup's BatchNorm statistics"):
+                            self._recalibrate(probe.model, [copy.copy(example)])
                     if self.args.should_save:
                         tried.saved = self._try_saving(probe, example)
                         tried.free = dry_run.free_bytes(Path(self.args.output_dir))

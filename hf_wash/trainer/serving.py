@@ -22,7 +22,7 @@ from . import evaluation
 from .data import hold_out
 from .member import Member, MemberAccelerator, Whole, as_member, without_a_trace
 from .part import Part
-from .served_soup import who_is_not_finite
+from .served_soup import what_becomes_of
 
 
 logger = logging.get_logger(__name__)
@@ -72,8 +72,11 @@ class Serving(Part):
         left_out = self.soup.left_out
         if left_out and (final or list(left_out) != before) and self.is_world_process_zero():
             logger.warning(
-                f"{who_is_not_finite(left_out, step)}, and {'is' if len(left_out) == 1 else 'are'} left out of the soup, "
-                "the ensemble and what is reported of the members together."
+                what_becomes_of(
+                    left_out,
+                    step,
+                    "left out of the soup, the ensemble and what is reported of the members together.",
+                )
             )
         return soup
 
@@ -114,7 +117,10 @@ class Serving(Part):
 
         try:
             self.population.do_together(
-                "Recalibrating the BatchNorm statistics of the soup", measure, self._keep_members, self._without_a_soup()
+                "Recalibrating the BatchNorm statistics of the soup",
+                measure,
+                self._keep_members,
+                self._without_a_soup(),
             )
         finally:
             streams.restore(before)

@@ -56,7 +56,9 @@ def test_a_model_that_asks_for_its_labels_gets_them(tmp_path, model):
 
 
 def test_a_check_says_that_a_soup_could_not_be_recalibrated(tmp_path):
-    with pytest.raises(ValueError, match=r"^The pass .* BatchNorm .* failed: RuntimeError: this model is for training"):
+    with pytest.raises(
+        ValueError, match=r"^The pass .* BatchNorm .* failed: RuntimeError: this model is for training"
+    ):
         run(tmp_path, OnlyTrained).check()
     run(tmp_path, OnlyTrained, soup_batch_norm="average").check()
 

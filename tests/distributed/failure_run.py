@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import forked_processes
 import torch
 from accelerate import PartialState
-from small_population import TEST, TRAIN, Digits, population, started
+from small_population import TEST, TRAIN, Digits, DigitStream, population, started
 from transformers import TrainerCallback
 
 from hf_wash.trainer import checkpoint
@@ -91,6 +91,23 @@ def evaluation_set_missing(rank):
 
 def evaluation_set_longer(rank):
     return trained(rank, trainer={"eval_dataset": Digits(1000, 1037 + rank)})
+
+
+def evaluation_stream_longer(rank):
+    return trained(rank, trainer={"eval_dataset": DigitStream(32 + 16 * rank, noisy=False)})
+
+
+def evaluation_stream_with_a_longer_batch(rank):
+    return trained(rank, trainer={"eval_dataset": DigitStream(33 + rank, noisy=False)})
+
+
+def evaluation_stream_of_the_soup_alone(rank):
+    stream = DigitStream(48 - 16 * rank, noisy=False)
+    return trained(rank, evaluate_members=False, trainer={"eval_dataset": stream})
+
+
+def evaluation_stream(rank):
+    return trained(rank, trainer={"eval_dataset": DigitStream(33, noisy=False)})
 
 
 def save_strategy(rank):

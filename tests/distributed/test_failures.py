@@ -36,11 +36,15 @@ DIFFERENCES = {
     "evaluation_set_missing": "examples to evaluate on: 37 against 'no data set'",
     "evaluation_set_longer": "examples to evaluate on: 37 against 38",
     "other_evaluation_set": "examples to evaluate on: 37 against 38",
+    "evaluation_stream_longer": "after 2 batches process 0 is at its end, process 1 has 16 examples",
+    "evaluation_stream_with_a_longer_batch": "after 2 batches process 0 has 1 example, process 1 has 2 examples",
+    "evaluation_stream_of_the_soup_alone": "examples in the evaluation stream: 48 against 32",
     "save_strategy": "option save_strategy: 'no' against 'steps'",
     "other_data": "Processes 0 and 1 do not have the same training data: example 0 of 330 differs.",
     "resumes_alone": "resuming: 'none' against 'auto'",
 }
 FINE = {
+    "evaluation_stream": "12 steps",
     "own_augmentation": "2 steps",
     "a_bad_example_that_is_not_drawn": "2 steps",
     "together": "'this one', then 4 steps",

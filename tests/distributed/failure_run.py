@@ -18,6 +18,7 @@ from accelerate import PartialState
 from small_population import TEST, TRAIN, Digits, DigitStream, population, started
 from transformers import TrainerCallback
 
+from hf_wash.population import failures
 from hf_wash.trainer import checkpoint
 
 
@@ -157,6 +158,11 @@ def callback(rank):
 
 def first_process(rank):
     return trained(rank, At(rank, fail, on=0))
+
+
+def first_process_while_others_compute(rank):
+    failures.HEARD = 0.5
+    return trained(rank, At(rank, fail, on=0), At(rank, lambda: time.sleep(5)))
 
 
 def callback_with_mixing_off(rank):

@@ -156,15 +156,18 @@ def member_files(folder: Path, count: int | None = None, left_out: Collection[in
     if not local.is_dir() and (folder / PUSHED_MEMBERS).is_dir():
         return {}  # a repository's layout already: they are among the root's files
     found = {path.name for path in local.glob("member_*") if path.is_dir()}
-    wanted = [index for index in range(len(found) if count is None else count) if index not in left_out]
-    missing = next((f"member_{index}" for index in wanted if f"member_{index}" not in found), None)
+    # No more than could be there and one: a record may claim any number.
+    most = len(found) + len(left_out) + 1
+    size = len(found) if count is None else min(count, most)
+    wanted = [f"member_{index}" for index in range(size) if index not in left_out]
+    missing = next((name for name in wanted if name not in found), None)
     if not wanted or missing is not None:
         raise ValueError(
             f"{folder} holds no members to push: expected them in {LOCAL_MEMBERS}/member_0 and so on"
             f"{f', and {missing} is missing' if missing and found else ''}. `WashTrainer.save_members` writes them."
         )
     files = {}
-    for name in (f"member_{index}" for index in wanted):
+    for name in wanted:
         find_weight_files(local / name)
         for path in sorted(local.joinpath(name).rglob("*")):
             # Each member is a model; who trained it how is said once, at the root.

@@ -340,15 +340,7 @@ class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Check
         probability = resumed.get("probability")
         if probability is None or self.args.shuffle_probability is not None:
             probability = self.args.probability_for(self._total_steps)
-        self.mixing = MixingRun(
-            self.args,
-            self.population,
-            self.population.wholes,
-            self.optimizer,
-            self._total_steps,
-            probability,
-            self.args.seed,
-        )
+        self.mixing = MixingRun(self.args, self.population, self.optimizer, self._total_steps, probability)
         if self.is_world_process_zero():
             self.mixing.say_what_is_shuffled()
         # The exchange is a part of the step, whatever callbacks there are, and happens when fp16's scaler skips it, too.

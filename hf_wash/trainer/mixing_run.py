@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..config import ENOUGH_SHUFFLES, LARGEST_FITTED_PROBABILITY, PopulationArguments
+from ..config import ENOUGH_SHUFFLES, LARGEST_FITTED_PROBABILITY
 from ..mixing import WashMixer
 from ..population import Population
 
@@ -23,23 +23,12 @@ class MixingRun:
     Args:
         args ([`PopulationArguments`]): The options.
         population ([`Population`]): The members.
-        wholes (`list[nn.Module]`): All that learns of each local member.
         optimizer (`torch.optim.Optimizer`): Of this process's members.
         total_steps (`int`): Optimizer steps in the whole run.
         probability (`float`): The paper's p of this run.
-        seed (`int`): Of the plans.
     """
 
-    def __init__(
-        self,
-        args: PopulationArguments,
-        population: Population,
-        wholes: list,
-        optimizer,
-        total_steps: int,
-        probability: float,
-        seed: int,
-    ):
+    def __init__(self, args: Any, population: Population, optimizer: Any, total_steps: int, probability: float):
         self._args, self._total_steps = args, total_steps
         self.probability = probability
         # Of all members since the run began; the seconds are this process's, those spent in the collective beside.
@@ -50,11 +39,11 @@ class MixingRun:
         self.mixer: WashMixer | None = None
         if population.size > 1:
             self.mixer = WashMixer(
-                wholes,
+                population.wholes,
                 [optimizer],
                 probability=probability if args.mixing == "wash" else 0.0,
                 schedule=args.shuffle_schedule,
-                seed=seed,
+                seed=args.seed,
                 shuffle_optimizer_state=args.shuffle_optimizer_state,
             )
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -292,52 +291,6 @@ def test_exporting_again_replaces_the_export_and_nothing_else(tmp_path):
     export_model(resnet(2), tmp_path)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(logits(load_model(tmp_path), images), logits(resnet(2), images))
-
-
-class Failing:
-    """A processor that fails when half of it is written."""
-
-    def __init__(self, error):
-        self.error = error
-
-    def save_pretrained(self, folder):
-        (Path(folder) / "preprocessor_config.json").write_text("{")
-        raise self.error("the disk is full")
-
-
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-@pytest.mark.parametrize("before", ["nothing", "a folder of others", "an export"])
-def test_an_export_that_does_not_end_leaves_what_was_there(before, error, tmp_path):
-    folder = tmp_path / "runs" / "soup"
-    if before != "nothing":
-        (folder / "sub").mkdir(parents=True)
-        (folder / "sub" / "README.md").write_text("mine")
-    if before == "an export":
-        export_model(vit(0), folder, check=False)
-    contents = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
-    with pytest.raises(error, match="the disk is full"):
-        export_model(vit(1), folder, processing_class=Failing(error), check=False)
-    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == contents
-
-
-def test_weights_of_an_export_before_are_not_left_beside_the_new_ones(tmp_path):
-    for name in (
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
-        "model.safetensors.index.json",
-    ):
-        (tmp_path / name).write_text("old")
-    (tmp_path / "model-of-mine.safetensors").write_text("mine")
-    export_model(vit(), tmp_path, check=False)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"config.json", "model.safetensors", "model-of-mine.safetensors"}
-
-
-def test_what_is_no_file_is_not_replaced(tmp_path):
-    (tmp_path / "config.json").mkdir()
-    with pytest.raises(ValueError, match=r"config.json is no ordinary file"):
-        export_model(vit(), tmp_path, check=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 # --- preprocessing of timm models -------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import set_seed

@@ -82,7 +82,7 @@ BY_HAND = {
 
 
 def states(trainer):
-    return [(member.weight.detach(), member.seen) for member in trainer.population.members]
+    return [(member.weight.detach().clone(), member.seen.clone()) for member in trainer.population.members]
 
 
 @pytest.mark.parametrize("case", BY_HAND)
@@ -424,7 +424,11 @@ def test_an_interval_longer_than_the_run_is_refused_as_soon_as_the_length_is_kno
         with pytest.raises(ValueError, match=said):
             begin()
     assert trainer.state.global_step == 0 and not list(tmp_path.glob("checkpoint-*"))
-    assert all(torch.equal(a, b) for now, was in zip(states(trainer), before, strict=True) for a, b in zip(now, was))
+    assert all(
+        torch.equal(a, b)
+        for now, was in zip(states(trainer), before, strict=True)
+        for a, b in zip(now, was, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -453,3 +457,49 @@ def test_one_member_has_nobody_to_exchange_with(tmp_path):
     trainer = tiny_trainer(tmp_path, "diloco", size=1)
     trainer.train()
     assert trainer.mixer is None and trainer.values_moved == 0
+
+
+# What a card says
+
+
+SAYS = {
+    "papa": (
+        "pulled a little towards their average",
+        "| mixing | PAPA |",
+        "| pulled together | after every 10 optimizer steps, counted anew in each epoch of 6 steps, from its first step on |",
+        "| α, the part of itself that a member keeps | 0.99 |",
+        "2304.03094",
+    ),
+    "papa_all": (
+        "PAPA-all, with REPAIR", "| averaged | after every 30 optimizer steps, from step 6 on, up to step 19 |",
+        "2304.03094", "2211.08403",
+    ),
+    "papa_2": ("average of a random pair", "| mixing | PAPA-2 |", "2304.03094"),
+    "dart": ("| averaged | after every 2 optimizer steps |", "2302.14685"),
+    "sparta": ("| probability p | 0.005 |", "| averaged | after every optimizer step |", "exo-explore/gym"),
+    "local_sgd": ("| mixing | local SGD |", "| averaged | after every 6 optimizer steps |", "1602.05629"),
+    "diloco": (
+        "| averaged | after every 7 optimizer steps |", "| outer learning rate | 0.7 |",
+        "| outer momentum | 0.9, Nesterov's |", "2311.08105",
+    ),
+}  # fmt: skip
+PAPERS = ("2304.03094", "2211.08403", "2302.14685", "exo-explore/gym", "1602.05629", "2311.08105", "2405.17517")
+
+
+@pytest.mark.parametrize("mixing", PEERS)
+def test_the_card_names_the_method_its_settings_and_its_papers_and_no_others(mixing, tmp_path):
+    trainer = tiny_trainer(tmp_path, mixing, **({"average_interval": 7} if mixing == "diloco" else {}))
+    trainer.train()
+    (tmp_path / "config.json").write_text('{"architectures": ["Tiny"]}')
+    trainer.create_model_card()
+    record = json.loads((tmp_path / "wash_run.json").read_text())["mixing"]
+    assert record["method"] == mixing
+    assert ("shuffle_schedule" in record, "average_interval" in record) == (False, mixing != "sparta")
+    text = (tmp_path / "README.md").read_text()
+    for part in SAYS[mixing]:
+        assert part in text
+    cited = text[text.index("# Citation") :]
+    assert [paper in cited for paper in PAPERS] == [paper in SAYS[mixing] for paper in PAPERS]
+    compared = text[text.index("# What was exchanged") : text.index("# Citation")]
+    assert ("The other two are" in compared) == (mixing != "papa") and "were averaged, counted" in compared
+    assert "\n- wash\n" not in text

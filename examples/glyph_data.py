@@ -333,6 +333,8 @@ def draw(
         turn = draws.between(-1, 1) * np.float32(np.deg2rad(6 + 24 * hard))
         shear = draws.between(-1, 1) * np.float32(0.05 + 0.35 * hard)
         stretch = np.exp(draws.between(-1, 1) * np.float32(0.05 + 0.3 * hard))
+        # Stretched one way, it still is at most `size` long.
+        size = size * np.minimum(stretch, 1 / stretch)
         weight = draws.between(-0.1 - 0.25 * hard, 0.1 + 0.7 * hard)
         softness = draws.between(0.9, 1.0 + 1.6 * hard)
         cosine, sine = np.cos(turn) / size, np.sin(turn) / size

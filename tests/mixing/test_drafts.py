@@ -45,7 +45,7 @@ def test_the_next_plan_is_drawn_while_the_caller_computes(monkeypatch):
     monkeypatch.setattr(wash_module.Planner, "draw", draw)
     for step in (0, 5, 10, 15):
         mixer.mix(step)
-        mixer._ahead[1].result()
+        mixer._ahead.wait()
     # The interval is known from the second call on.
     assert drawn == [(0, True), (1, False), (5, True), (10, False), (15, False), (20, False)]
 

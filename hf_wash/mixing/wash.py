@@ -16,7 +16,7 @@ from torch import nn
 from .agreement import agree, architecture, check_members, processes
 from .drafts import Ahead, Draft, Load
 from .exchange import DeviceShipment, HostShipment, Route, route
-from .memory import Plane, Selection, Views, look
+from .memory import Plane, Selection, Views, look, planes_of
 from .optimizer_state import Layout, OptimizerStates, common_layout, optimizer_name, trial_refusal
 from .outcome import ContagionError, MixStats, PlanMismatchError
 from .plan import PLAN_VERSION, Planner
@@ -136,7 +136,7 @@ class WashMixer:
         sizes = [parameter.numel() for parameter in self._parameters[0]]
         self._expected = [p * size for p, size in zip(self._probabilities, sizes, strict=True)]
         self._planner = Planner(seed, sizes, self._probabilities, self._num_members)
-        self._weights = _planes([[(None, parameter.dtype)] for parameter in self._parameters[0]])
+        self._weights = planes_of([[(None, parameter.dtype)] for parameter in self._parameters[0]])
         self._header_words = BAD + -(-len(members) // 64)
         self._wire = None
         if group is not None:
@@ -328,7 +328,7 @@ class WashMixer:
         if layout is self._carried:
             return
         self._carried = layout
-        self._planes = [*self._weights, *_planes(layout)]
+        self._planes = [*self._weights, *planes_of(layout)]
         num_local = len(self._members)
         room = 0
         for plane in self._planes:
@@ -446,12 +446,3 @@ class _WashDraft(Draft):
 
     def _route(self, selection: Selection) -> Route:
         return route(self.plan, selection, self._members, self._num_processes)
-
-
-def _planes(layout: Sequence[Sequence[tuple[str | None, torch.dtype]]]) -> list[Plane]:
-    """Sorts the slots of all parameters into planes, in the same order on every process."""
-    tensors: dict[tuple[str | None, torch.dtype], list[int]] = {}
-    for number, slots in enumerate(layout):
-        for slot in slots:
-            tensors.setdefault(slot, []).append(number)
-    return [Plane(slot, dtype, tuple(tensors[slot, dtype])) for slot, dtype in sorted(tensors, key=str)]

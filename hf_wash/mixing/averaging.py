@@ -23,7 +23,9 @@ from .schedule import check_probability
 # At the end of a bucket: a check number of the step, its square, how many processes want to stop, and how many have
 # members that must not be averaged.
 TRAILER = 4
-# A bucket travels in sections of at least so many values, so that one is on its way while the next is filled.
+# A bucket is filled, checked and emptied in blocks of about so many values, which stay in the processor's cache
+_BLOCK = 2**18
+# and travels in sections of at least so many, one on its way while the next is filled.
 _SECTION = 2**22
 # Steps are compared by their remainder, small enough that sums of squares over any number of processes are exact.
 _REMAINDER = 257
@@ -123,10 +125,10 @@ class AveragingMixer:
         """
         raise NotImplementedError
 
-    def _apply(self, sections: Sequence["Section"], step: int) -> None:
+    def _apply(self, blocks: Sequence["Block"], step: int) -> None:
         """Write into the members what follows from the sums over all members."""
-        for section, own in itertools.product(sections, self._tensors):
-            for tensor, total in zip(own[section.tensors], section.parts, strict=True):
+        for block, own in itertools.product(blocks, self._tensors):
+            for tensor, total in zip(own[block.tensors], block.parts, strict=True):
                 if tensor.dtype == total.dtype:
                     torch.div(total, self._num_members, out=tensor)  # one pass over the memory
                 else:
@@ -181,22 +183,21 @@ class AveragingMixer:
     def _exchange(self, step: int, stop: bool) -> MixStats:
         size = sum(tensor.numel() for tensor in self._tensors[0])
         bucket = self._bucket(size + TRAILER)
-        sections = list(self._sections(bucket))
-        pending, fine = [], []
-        for section in sections:
-            torch._foreach_copy_(section.parts, self._tensors[0][section.tensors])
+        blocks = list(self._blocks(bucket))
+        pending, fine, gone = [], [], 0
+        for block in blocks:
+            torch._foreach_copy_(block.parts, self._tensors[0][block.tensors])
             for own in self._tensors[1:]:
-                torch._foreach_add_(section.parts, [tensor.to(self._dtype) for tensor in own[section.tensors]])
-            # While it is still in the processor's cache.
-            fine.append(self._can_be_added(section.values))
-            values = section.values
-            if section is sections[-1]:
-                bucket[size:] = self._trailer(step, stop, bool(torch.stack(fine).all()))
-                values = bucket[len(bucket) - TRAILER - len(values) :]
-            pending.append(self._reduce(values))
+                torch._foreach_add_(block.parts, [tensor.to(self._dtype) for tensor in own[block.tensors]])
+            fine.append(self._can_be_added(block.values))
+            if block.end - gone >= _SECTION and block.end < size:
+                pending.append(self._reduce(bucket[gone : block.end]))
+                gone = block.end
+        bucket[size:] = self._trailer(step, stop, bool(torch.stack(fine).all()))
+        pending.append(self._reduce(bucket[gone:]))
         waited = self._wait(pending)
         stop = self._judge(bucket[size:], step, lambda: [all(map(_is_finite, own)) for own in self._tensors])
-        self._apply(sections, step)
+        self._apply(blocks, step)
         nbytes = sum(tensor.nbytes for own in self._tensors for tensor in own)
         return self._stats(size * len(self._members), nbytes, self._sent(bucket), stop, waited)
 
@@ -213,16 +214,16 @@ class AveragingMixer:
             self._room = torch.empty(length, dtype=self._dtype, device=self._device)
         return self._room[:length]
 
-    def _sections(self, bucket: torch.Tensor) -> Iterator["Section"]:
+    def _blocks(self, bucket: torch.Tensor) -> Iterator["Block"]:
         """Parts a bucket, which has values of all tensors one after the other."""
         sizes = [tensor.numel() for tensor in self._tensors[0]]
         first, begin, end = 0, 0, 0
         for number, size in enumerate(sizes, 1):
             end += size
-            if end - begin >= _SECTION or number == len(sizes):
+            if end - begin >= _BLOCK or number == len(sizes):
                 values = bucket[begin:end]
                 parts = zip(values.split(sizes[first:number]), self._tensors[0][first:number], strict=True)
-                yield Section(slice(first, number), values, [p.view(t.shape) for p, t in parts])
+                yield Block(slice(first, number), end, values, [part.view(like.shape) for part, like in parts])
                 first, begin = number, end
 
     def _can_be_added(self, values: torch.Tensor) -> torch.Tensor:
@@ -272,12 +273,14 @@ class AveragingMixer:
         return bool(stop)
 
 
-class Section(NamedTuple):
+class Block(NamedTuple):
     """
-    A part of a bucket: which tensors it has values of, these as they lie there, and as views of the tensors' shapes.
+    A part of a bucket: which tensors it has values of, where it ends, the values as they lie there, and as views of the
+    tensors' shapes.
     """
 
     tensors: slice
+    end: int
     values: torch.Tensor
     parts: list[torch.Tensor]
 
@@ -531,17 +534,17 @@ class PapaMixer(AveragingMixer):
             batch %= self.steps_per_epoch
         return batch % self.interval == 0
 
-    def _apply(self, sections: Sequence[Section], step: int) -> None:
-        for section in sections:
-            section.values.div_(self._num_members)
+    def _apply(self, blocks: Sequence[Block], step: int) -> None:
+        for block in blocks:
+            block.values.div_(self._num_members)
             for column, group, base in zip(self._tensors, self._groups, self._base, strict=True):
                 assert group is not None
                 rate = min(1.0, self.rate * float(group["lr"]) / base)
-                own = column[section.tensors]
+                own = column[block.tensors]
                 if all(tensor.dtype == self._dtype for tensor in own):
-                    torch._foreach_lerp_(own, section.parts, rate)  # one pass over the memory
+                    torch._foreach_lerp_(own, block.parts, rate)  # one pass over the memory
                     continue
-                for tensor, mean in zip(own, section.parts, strict=True):
+                for tensor, mean in zip(own, block.parts, strict=True):
                     tensor.copy_(tensor.to(self._dtype).lerp(mean, rate))
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .averaging import AveragingMixer, Section, check_steps
+from .averaging import AveragingMixer, Block, check_steps
 
 
 class DilocoMixer(AveragingMixer):
@@ -65,7 +65,7 @@ class DilocoMixer(AveragingMixer):
         """Whether members exchange after a step, counted from 1."""
         return step % self.interval == 0
 
-    def _apply(self, sections: Sequence[Section], step: int) -> None:
+    def _apply(self, blocks: Sequence[Block], step: int) -> None:
         # In the bucket itself, where the sums lie one behind the other.
         total = self._room[: self._start.numel()]
         self._start.grad = torch.sub(self._start, total, alpha=1 / self._num_members, out=total)

@@ -120,9 +120,11 @@ class SpartaMixer(AveragingMixer):
         for values, total in zip(held, sums, strict=True):
             values.copy_(total.div_(self._num_members))
         shipment.scatter()
-        self._ahead.expect(step, self._outline())
         nbytes = sum(values.nbytes for values in held)
-        return self._stats(num_local * sum(sizes), nbytes, self._sent(bucket), stop, waited)
+        stats = self._stats(num_local * sum(sizes), nbytes, self._sent(bucket), stop, waited)
+        # Last of all: the thread that draws would take the interpreter away from what this one has yet to do.
+        self._ahead.expect(step, self._outline())
+        return stats
 
     def _look(self) -> None:
         """Looks where the tensors lie."""

@@ -264,15 +264,20 @@ class Bare:
         self.tensors, self.pairs = tensors, what == "PAPA-2"
         self.bucket, self.incoming = (torch.zeros(max(1, size), device=tensors[0].device) for _ in range(2))
         self.split = [size * (process != dist.get_rank()) for process in range(dist.get_world_size())]
-        self.few, self.places = what == "SPARTA", np.empty(0, dtype=np.int64)
+        self.few, self.values, self.generator = what == "SPARTA", values, np.random.default_rng(0)
         if self.few:
-            # One array of the size of the model, and as many places in it.
+            # One array of the size of the model, on the host.
             self.flat = np.zeros(sum(tensor.numel() for tensor in tensors), dtype=np.float32)
-            self.places = np.sort(np.random.default_rng(0).choice(len(self.flat), values, replace=False))
         else:
             sizes = [tensor.numel() for tensor in tensors]
             parts = self.bucket.new_zeros(sum(sizes)).split(sizes)
             self.parts = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+    def begin(self) -> None:
+        """Other places than the last time, which would still be in the processor's cache."""
+        if self.few:
+            self.flat *= 1.0
+            self.places = np.sort(self.generator.integers(0, len(self.flat), self.values))
 
     def collective(self) -> None:
         if self.pairs:
@@ -319,6 +324,7 @@ def measure_averaging(name: str, rounds: int, device: torch.device) -> list[dict
                 "collective": bare.collective, "floor": bare.floor, "exchange": functools.partial(mixer.mix, step),
             }  # fmt: skip
             for kind in calls if step % 2 else reversed(calls):
+                bare.begin()
                 torch._foreach_mul_(tensors, 1.0)
                 times[kind].append(clocks(calls[kind], device))
             if isinstance(mixer, SpartaMixer):
@@ -332,12 +338,10 @@ def measure_averaging(name: str, rounds: int, device: torch.device) -> list[dict
         row["drawing_ahead_ms"] = statistics.median(ahead) if ahead else None
         for kind in times:
             # As long as the slowest process takes, and the processor's time of all of them.
-            wall, cpu = zip(*([*zip(*each, strict=True)] for each in (own[kind] for own in gathered)), strict=True)
-            for clock, rounds_ in (("wall", map(max, *wall)), ("cpu", map(sum, zip(*cpu, strict=True)))):
-                ordered = sorted(1000 * value for value in rounds_)
-                row[f"{kind}_{clock}_ms"] = {
-                    "fastest": ordered[0], "quartile": ordered[len(ordered) // 4], "median": statistics.median(ordered)
-                }  # fmt: skip
+            every = np.array([own[kind] for own in gathered])  # process, round, clock
+            for clock, found in (("wall", every[..., 0].max(axis=0)), ("cpu", every[..., 1].sum(axis=0))):
+                low, quartile, median = (1000 * np.quantile(found, [0, 0.25, 0.5])).tolist()
+                row[f"{kind}_{clock}_ms"] = {"fastest": low, "quartile": quartile, "median": median}
         rows.append(row)
     return rows
 
@@ -345,20 +349,20 @@ def measure_averaging(name: str, rounds: int, device: torch.device) -> list[dict
 def print_averaging(row: dict | None) -> None:
     """A row of the second table, or its head."""
     kinds = ["collective", "floor", "exchange"]
+    columns = [*kinds, "÷ collective", "÷ floor", "median: ÷ collective", "÷ floor",
+               *(f"CPU: {kind}" for kind in kinds), "÷ collective", "÷ floor"]  # fmt: skip
     if row is None:
         print(
-            "\nBeside a bare collective of as many bytes, and the same with one read and one write of what is averaged "
-            "(floor). ms are the lower\nquartile of the slowest process, CPU ms of all processes together.\n\n"
-            "| model | mixer | MB sent | " + " | ".join([*kinds, "÷ collective, quartile", "fastest", "÷ floor, quartile",
-            *(f"CPU {kind}" for kind in kinds), "÷ collective", "÷ floor"]) + " |\n" + "|---" * 14 + "|"
+            "\nms: the lower quartile of the slowest process, and beside it the ratios of the medians. CPU: the lower "
+            f"quartile of\nall processes together.\n\n| model | mixer | MB sent | {' | '.join(columns)} |\n"
+            + "|---" * (3 + len(columns)) + "|"
         )  # fmt: skip
         return
-    wall, cpu = ([row[f"{kind}_{clock}_ms"] for kind in kinds] for clock in ("wall", "cpu"))
-    low, fast = ([value[which] for value in wall] for which in ("quartile", "fastest"))
-    busy = [value["quartile"] for value in cpu]
-    numbers = [*low, low[2] / low[0], fast[2] / fast[0], low[2] / low[1], *busy, busy[2] / busy[0], busy[2] / busy[1]]
-    cells = " | ".join(f"{number:.3g}" for number in [row["bytes_sent"] / 1e6, *numbers])
-    print(f"| {row['model']} | {row['mixer']} | {cells} |", flush=True)
+    cells = [row["bytes_sent"] / 1e6]
+    for clock, which, shown in (("wall", "quartile", True), ("wall", "median", False), ("cpu", "quartile", True)):
+        bare, floor, exchange = (row[f"{kind}_{clock}_ms"][which] for kind in kinds)
+        cells += [bare, floor, exchange] * shown + [exchange / bare, exchange / floor]
+    print(f"| {row['model']} | {row['mixer']} | {' | '.join(f'{cell:.3g}' for cell in cells)} |", flush=True)
 
 
 def main():

@@ -424,10 +424,13 @@ class PairAverageMixer(PeriodicAverageMixer):
         coming = [parent for parent in needed[rank] if parent not in self._members]
         rows = [*self._members, *coming]
         room = self._bucket(len(rows) * length).view(len(rows), length)
+        flat, fine = dict(zip(rows, room, strict=True)), []
         for row, own in zip(room, self._tensors, strict=False):
-            torch._foreach_copy_([part.view_as(t) for part, t in zip(row.split(sizes), own, strict=True)], own)
-        flat = dict(zip(rows, room, strict=True))
-        fine = [bool(self._can_be_added(row)) for row in room[:num_local]]
+            well = []
+            for block in self._blocks(row):
+                torch._foreach_copy_(block.parts, own[block.tensors])
+                well.append(self._can_be_added(block.values))
+            fine.append(bool(torch.stack(well).all()))
         # Before anything travels, since with other steps other parents would.
         trailer = self._trailer(step, stop, all(fine)).to(self._device)
         waited = self._wait([self._reduce(trailer)])
@@ -452,12 +455,15 @@ class PairAverageMixer(PeriodicAverageMixer):
             waited += time.perf_counter() - began
             sent += outgoing.nbytes
         for index, own in zip(self._members, self._tensors, strict=True):
-            parents = (flat[parent].split(sizes) for parent in pairs[index])
-            for tensor, one, other in zip(own, *parents, strict=True):
-                if tensor.dtype == self._dtype:
-                    torch.lerp(one.view_as(tensor), other.view_as(tensor), 0.5, out=tensor)
+            parents = [flat[parent].split(sizes) for parent in pairs[index]]
+            for tensor, *values in zip(own, *parents, strict=True):
+                one, other = (part.view_as(tensor) for part in values)
+                if tensor.dtype != self._dtype:
+                    tensor.copy_(one.lerp(other, 0.5))
+                elif index in pairs[index]:
+                    tensor.lerp_(one if index == pairs[index][1] else other, 0.5)  # less memory to read
                 else:
-                    tensor.copy_(one.view_as(tensor).lerp(other.view_as(tensor), 0.5))
+                    torch.lerp(one, other, 0.5, out=tensor)
         nbytes = sum(tensor.nbytes for own in self._tensors for tensor in own)
         return self._stats(length * num_local, nbytes, sent, stop, waited)
 

@@ -15,6 +15,7 @@ from hf_wash.mixing import (
     PapaMixer,
     PeriodicAverageMixer,
     SpartaMixer,
+    averaging,
 )
 
 
@@ -63,6 +64,19 @@ def test_members_become_their_mean_at_each_interval_and_keep_their_buffers_unles
     size = sum(p.numel() for p in members[0].parameters()) + 8 * buffers
     assert stats.values_moved == stats.population_values_moved == 3 * size
     assert stats.bytes_exchanged == 12 * size and stats.bytes_sent == 0
+
+
+@pytest.mark.parametrize("make", ["local SGD", "pairs", "PAPA", "DiLoCo"])
+def test_in_how_many_blocks_a_bucket_is_filled_changes_nothing(make, monkeypatch):
+    whole, parted = population(3), population(3)
+    MIXERS[make](whole).mix(1)
+    monkeypatch.setattr(averaging, "_BLOCK", 1)
+    MIXERS[make](parted).mix(1)
+    for one, other in zip(states(whole), states(parted), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    parted[1][3].bias.data[1] = float("nan")
+    with pytest.raises(ContagionError, match="Member 1 holds"):
+        MIXERS[make](parted).mix(1)
 
 
 def test_first_and_last_say_when_averaging_begins_and_ends():

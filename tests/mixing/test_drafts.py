@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_members import linears, snapshot
 
-from hf_wash.mixing import WashMixer
+from hf_wash.mixing import SpartaMixer, WashMixer
 from hf_wash.mixing import wash as wash_module
 
 
@@ -94,10 +94,12 @@ def test_a_forked_process_draws_its_own_plans():
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_mixer_that_is_dropped_leaves_no_thread_and_no_member_behind():
+@pytest.mark.parametrize("kind", [WashMixer, SpartaMixer])
+def test_a_mixer_that_is_dropped_leaves_no_thread_and_no_member_behind(kind):
     members = linears(2, 30, 30)
-    mixer = WashMixer(members, probability=0.5)
-    mixer.mix(0)
+    mixer = kind(members, probability=0.5)
+    mixer.mix(1)
+    assert any(t.name.startswith("hf_wash") for t in threading.enumerate())
     gone = weakref.ref(members[0])
     del mixer, members
     gc.collect()

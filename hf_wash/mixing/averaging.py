@@ -8,7 +8,7 @@ adds is below: when, of what, and what becomes of the mean. Steps are counted fr
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +23,12 @@ from .schedule import check_probability
 # At the end of a bucket: a check number of the step, its square, how many processes want to stop, and how many have
 # members that must not be averaged.
 TRAILER = 4
-# A bucket is filled, checked and emptied in blocks of about so many values, which stay in the processor's cache
-_BLOCK = 2**18
-# and travels in sections of at least so many, one on its way while the next is filled.
+# A bucket travels in sections of at least so many values, one on its way while the next is filled.
 _SECTION = 2**22
+# On a CPU it is filled, checked and emptied in blocks of about so many, which stay in the processor's cache.
+_BLOCK = 2**18
 # Steps are compared by their remainder, small enough that sums of squares over any number of processes are exact.
-_REMAINDER = 257
+_REMAINDERS = {torch.float32: 257, torch.float64: 1_000_003}
 _OTHER_STEPS = (
     "The processes came to this exchange with different steps, and this process with step {step}. Every process has to "
     "call mix() once after every step. Nothing was written into any member."
@@ -184,16 +184,17 @@ class AveragingMixer:
         size = sum(tensor.numel() for tensor in self._tensors[0])
         bucket = self._bucket(size + TRAILER)
         blocks = list(self._blocks(bucket))
-        pending, fine, gone = [], [], 0
+        pending, extremes, gone = [], [bucket.new_zeros(())], 0
         for block in blocks:
             torch._foreach_copy_(block.parts, self._tensors[0][block.tensors])
             for own in self._tensors[1:]:
                 torch._foreach_add_(block.parts, [tensor.to(self._dtype) for tensor in own[block.tensors]])
-            fine.append(self._can_be_added(block.values))
+            extremes += torch.aminmax(block.values)
             if block.end - gone >= _SECTION and block.end < size:
                 pending.append(self._reduce(bucket[gone : block.end]))
                 gone = block.end
-        bucket[size:] = self._trailer(step, stop, bool(torch.stack(fine).all()))
+        bucket[size:] = self._trailer(step, stop)
+        bucket[-1] = self._too_large(extremes)
         pending.append(self._reduce(bucket[gone:]))
         waited = self._wait(pending)
         stop = self._judge(bucket[size:], step, lambda: [all(map(_is_finite, own)) for own in self._tensors])
@@ -217,24 +218,25 @@ class AveragingMixer:
     def _blocks(self, bucket: torch.Tensor) -> Iterator["Block"]:
         """Parts a bucket, which has values of all tensors one after the other."""
         sizes = [tensor.numel() for tensor in self._tensors[0]]
+        enough = _BLOCK if self._device.type == "cpu" else _SECTION
         first, begin, end = 0, 0, 0
         for number, size in enumerate(sizes, 1):
             end += size
-            if end - begin >= _BLOCK or number == len(sizes):
+            if end - begin >= enough or (number == len(sizes) and end > begin):
                 values = bucket[begin:end]
                 parts = zip(values.split(sizes[first:number]), self._tensors[0][first:number], strict=True)
                 yield Block(slice(first, number), end, values, [part.view(like.shape) for part, like in parts])
                 first, begin = number, end
 
-    def _can_be_added(self, values: torch.Tensor) -> torch.Tensor:
-        """Whether none of the values is NaN, nor so large that a sum over all processes could be infinite."""
-        if not len(values):
-            return torch.ones((), dtype=torch.bool, device=values.device)
-        return torch.stack(torch.aminmax(values)).abs().max() <= torch.finfo(values.dtype).max / self._num_processes
+    def _too_large(self, extremes: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Whether one of these is NaN, or so large that a sum over all processes could be infinite."""
+        return ~(torch.stack([*extremes]).abs().max() <= torch.finfo(self._dtype).max / self._num_processes)
 
-    def _trailer(self, step: int, stop: bool, fine: bool) -> torch.Tensor:
-        check = step % _REMAINDER
-        return torch.tensor([check, check * check, stop, not fine], dtype=self._dtype)
+    def _trailer(self, step: int, stop: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What stands at the end of a bucket that is fine."""
+        dtype = dtype or self._dtype
+        check = step % _REMAINDERS[dtype]
+        return torch.tensor([check, check * check, stop, 0], dtype=dtype)
 
     def _reduce(self, values: torch.Tensor) -> dist.Work | None:
         return None if self._group is None else dist.all_reduce(values, group=self._group, async_op=True)
@@ -426,13 +428,15 @@ class PairAverageMixer(PeriodicAverageMixer):
         room = self._bucket(len(rows) * length).view(len(rows), length)
         flat, fine = dict(zip(rows, room, strict=True)), []
         for row, own in zip(room, self._tensors, strict=False):
-            well = []
+            extremes = [room.new_zeros(())]
             for block in self._blocks(row):
                 torch._foreach_copy_(block.parts, own[block.tensors])
-                well.append(self._can_be_added(block.values))
-            fine.append(bool(torch.stack(well).all()))
+                extremes += torch.aminmax(block.values)
+            fine.append(not self._too_large(extremes))
         # Before anything travels, since with other steps other parents would.
-        trailer = self._trailer(step, stop, all(fine)).to(self._device)
+        trailer = self._trailer(step, stop, torch.float64)
+        trailer[-1] = not all(fine)
+        trailer = trailer.to(self._device)
         waited = self._wait([self._reduce(trailer)])
         stop = self._judge(trailer, step, lambda: fine)
         sent = self._sent(trailer)

@@ -113,8 +113,11 @@ class SpartaMixer(AveragingMixer):
         sums = bucket[: sum(sizes)].split(sizes)
         for values, total in zip(held, sums, strict=True):
             torch.sum(values, 0, dtype=self._dtype, out=total)
-        fine = all(view.exists is None for view in self._views) and bool(self._can_be_added(bucket[:length]))
-        bucket[length:] = self._trailer(step, stop, fine)
+        bucket[length:] = self._trailer(step, stop)
+        if any(view.exists is not None for view in self._views):
+            bucket[-1] = 1
+        else:
+            bucket[-1] = self._too_large(torch.aminmax(bucket[:length]))
         waited = self._wait([self._reduce(bucket)])
         stop = self._judge(bucket[length:], step, lambda: self._finite(header))
         for values, total in zip(held, sums, strict=True):

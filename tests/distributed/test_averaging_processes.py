@@ -65,7 +65,7 @@ def test_what_is_sent_is_one_bucket_for_each_exchange_and_nothing_between(answer
         selected = [values // 2 for values, *_ in answer["population"]]
         room = math.ceil(0.2 * parameters + 6 * math.sqrt(0.2 * parameters) + 6)
         assert all(values <= room for values in selected) and answer["sent"] == [8 * (room + 4)] * 7
-    # Of two members each is the other's parent.
+    # Of two members each is the other's parent. What all have to know goes ahead.
     for answer in answers("layout", "pairs", 2):
         assert answer["sent"] == [0, 0, 8 * (everything + 4)] * 2 + [0]
 

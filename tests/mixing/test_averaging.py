@@ -79,6 +79,17 @@ def test_in_how_many_blocks_a_bucket_is_filled_changes_nothing(make, monkeypatch
         MIXERS[make](parted).mix(1)
 
 
+@pytest.mark.parametrize("make", ["local SGD", "pairs", "PAPA", "SPARTA", "DiLoCo"])
+def test_empty_parameters_are_in_nobodys_way(make):
+    members = population(2)
+    for member in members:
+        member.register_parameter("first", nn.Parameter(torch.empty(0)))
+        member[3].register_parameter("last", nn.Parameter(torch.empty(3, 0)))
+    before = states(members)
+    MIXERS[make](members).mix(1)
+    assert not torch.equal(states(members)[0]["3.weight"], before[0]["3.weight"])
+
+
 def test_first_and_last_say_when_averaging_begins_and_ends():
     mixer = PeriodicAverageMixer(population(2), interval=10, first=2, last=25)
     assert [step for step in range(1, 60) if mixer.is_due(step)] == [2, 12, 22]

@@ -85,7 +85,7 @@ class MixingRun:
 
     def __init__(
         self,
-        args: PopulationArguments,
+        args: Any,
         population: Population,
         optimizer: Any,
         total_steps: int,

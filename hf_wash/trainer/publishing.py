@@ -267,4 +267,9 @@ class Publishing(Part):
     @staticmethod
     def _is_for_resuming(name: str) -> bool:
         """Whether a file of a checkpoint serves to resume from it, not to use its model."""
-        return name.startswith("member_") or name in (checkpoints.MANIFEST, checkpoints.FROZEN, "trainer_state.json")
+        return name.startswith("member_") or name in (
+            checkpoints.MANIFEST,
+            checkpoints.FROZEN,
+            checkpoints.MIXER,
+            "trainer_state.json",
+        )

@@ -46,7 +46,7 @@ class SettingArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     data_dir: str | None = field(default=None, metadata={"help": "Other data: a folder of images for each class."})
     model: str | None = field(default=None, metadata={"help": "Another model.", "choices": list(MODELS)})
-    width: int | None = field(default=None, metadata={"help": "Channels of the first stage of a ResNet."})
+    width: int | None = field(default=None, metadata={"help": "Channels of the first stage of resnet18."})
     recipes: str | None = field(
         default=None,
         metadata={
@@ -139,8 +139,8 @@ def begin(arguments: SettingArguments, setting: Setting, script: str) -> tuple[R
     steps_per_epoch = len(data.train) // setting.batch_size
     if not steps_per_epoch:
         raise ValueError(f"{len(data.train)} images to train on are fewer than a batch of {setting.batch_size}.")
-    model = make_model(setting, data.num_labels)
-    runner = Runner(folder, arguments.jobs or 1, step_seconds(setting, data.num_labels))
+    model = make_model(setting, data.label_names)
+    runner = Runner(folder, arguments.jobs or 1, step_seconds(setting, data.label_names))
     return runner, setting.length(steps_per_epoch), model, steps_per_epoch
 
 
@@ -177,12 +177,19 @@ def main(arguments: list[str] | None = None) -> int:
     logging.set_verbosity_error()
     given, chosen = parser.parse_args_into_dataclasses(args=arguments)
     setting = given.setting()
-    runner, steps, model, _ = begin(given, setting, "compare")
+    runner, steps, model, steps_per_epoch = begin(given, setting, "compare")
     wanted, left_out = rows(
-        chosen.methods, chosen.kinds, chosen.budgets, setting, steps, model, tuned_settings(setting)
+        chosen.methods,
+        chosen.kinds,
+        chosen.budgets,
+        setting,
+        steps,
+        steps_per_epoch,
+        model,
+        tuned_settings(setting),
     )
     for reason in left_out:
-        print(f"Left out: {reason}.")
+        print(f"Left out: {reason}")
     results, code = run_all(runner, cells_for(wanted, chosen.seeds, setting), given)
     if not results:
         return code

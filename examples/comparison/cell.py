@@ -144,7 +144,7 @@ def make_trainer(cell: Cell, data: Data, folder: Path, callbacks: list[TrainerCa
     setting = cell.setting
     members = None
     if setting.recipes == "heterogeneous":
-        members = papa_recipes(cell.size, data.num_labels, seed=cell.seed, collate=data.collate)
+        members = papa_recipes(cell.size, len(data.label_names), seed=cell.seed, collate=data.collate)
     config = WashConfig(
         output_dir=str(folder),
         seed=SEEDS_APART * cell.seed,
@@ -172,7 +172,7 @@ def make_trainer(cell: Cell, data: Data, folder: Path, callbacks: list[TrainerCa
         **{"population_size": setting.population_size, **cell.options},
     )
     trainer = WashTrainer(
-        model_init=lambda: make_model(setting, data.num_labels),
+        model_init=lambda: make_model(setting, data.label_names),
         args=config,
         train_dataset=data.train,
         data_collator=data.collate,

@@ -83,14 +83,14 @@ class Data:
 
     Args:
         train, held_out, test (data sets): Of examples.
-        num_labels (`int`): Classes.
+        label_names (`list[str]`): Of the classes.
         collate, collate_plain (`Callable`): Examples to a batch, as in training and as in evaluation.
     """
 
     train: Any
     held_out: Any
     test: Any
-    num_labels: int
+    label_names: list[str]
     collate: Callable
     collate_plain: Callable
 
@@ -125,15 +125,14 @@ def _loaded(setting: Setting) -> ImageData:
     return load_data(arguments)
 
 
-def _in_memory(data: ImageData, size: int) -> dict[str, torch.Tensor]:
-    tensors = {}
+def _in_memory(data: ImageData, size: int) -> dict[str, Any]:
+    tensors: dict[str, Any] = {"label_names": data.label_names}
     for name, part in (("train", data.train), ("test", data.eval)):
         images = (image.convert("RGB") for image in part[data.image_column])
         resized = (image if image.size == (size, size) else image.resize((size, size)) for image in images)
         pixels = np.stack([np.asarray(image) for image in resized])
         tensors[f"{name}_pixels"] = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         tensors[f"{name}_labels"] = torch.tensor(part[data.label_column][:])
-    tensors["num_labels"] = torch.tensor(len(data.label_names))
     return tensors
 
 
@@ -166,7 +165,7 @@ def prepare(setting: Setting, folder: str | Path) -> Data:
         train=train,
         held_out=Images(tensors["train_pixels"][held_out], tensors["train_labels"][held_out]),
         test=Images(tensors["test_pixels"], tensors["test_labels"]),
-        num_labels=int(tensors["num_labels"]),
+        label_names=tensors["label_names"],
         collate=Collator(mean, std, setting.view),
         collate_plain=Collator(mean, std),
     )
@@ -187,7 +186,7 @@ def _opened_when_needed(setting: Setting) -> Data:
         train=Subset(trained_on.of(data.train), chosen),
         held_out=Subset(seen.of(data.train), held_out),
         test=seen.of(data.eval),
-        num_labels=len(data.label_names),
+        label_names=data.label_names,
         collate=default_collate,
         collate_plain=default_collate,
     )

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from hf_wash.methods import METHODS as MIXINGS
+from hf_wash.methods import times_of
 from hf_wash.mixing.schedule import expected_values_moved
 
 from .setting import Setting
@@ -94,7 +96,15 @@ def trials(method: str, steps: int, steps_per_epoch: int) -> list[dict[str, Any]
     return tried[method]
 
 
-def for_budget(method: str, budget: float, model: nn.Module, size: int, free: dict[str, Any] | None = None) -> dict:
+def for_budget(
+    method: str,
+    budget: float,
+    model: nn.Module,
+    size: int,
+    steps: int,
+    steps_per_epoch: int,
+    free: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """
     The setting of a method that sends so much.
 
@@ -103,6 +113,7 @@ def for_budget(method: str, budget: float, model: nn.Module, size: int, free: di
         budget (`float`): Copies of the model that a member sends in a step, on average.
         model (`nn.Module`): Any member; shapes count.
         size (`int`): Members, N.
+        steps, steps_per_epoch (`int`): Of one member.
         free (`dict`, *optional*): What bytes leave free, as tuned.
 
     Raises:
@@ -117,6 +128,14 @@ def for_budget(method: str, budget: float, model: nn.Module, size: int, free: di
         return {**free, "shuffle_probability": budget / most}
     if method == "sparta":
         return {"shuffle_probability": budget}
+    if method == "papa":
+        # It begins to count anew in each epoch, so that it sends more than one in `average_interval`, and at least once
+        # an epoch: the nearest.
+        interval = min(
+            range(1, steps_per_epoch + 1),
+            key=lambda every: abs(times_of(method, every, steps, steps_per_epoch).count(steps) / steps - budget),
+        )
+        return {**free, "average_interval": interval}
     return {**free, "average_interval": round(1 / budget)}
 
 
@@ -131,6 +150,7 @@ def rows(
     budgets: list[float],
     setting: Setting,
     steps: int,
+    steps_per_epoch: int,
     model: nn.Module,
     tuned: dict[str, Any] | None,
 ) -> tuple[list[tuple[str, str, dict[str, Any], int]], list[str]]:
@@ -141,7 +161,7 @@ def rows(
         names (`list[str]`): Keys of `METHODS`.
         kinds (`list[str]`): Of `published`, `tuned`, `budgets`.
         budgets (`list[float]`): Model copies for each member and step.
-        setting ([`Setting`]), steps (`int`), model (`nn.Module`): What is trained, and how long.
+        setting ([`Setting`]), steps, steps_per_epoch (`int`), model (`nn.Module`): What is trained, and how long.
         tuned (`dict`, *optional*): What the tuning script chose, by row.
 
     Returns:
@@ -153,8 +173,11 @@ def rows(
 
     def add(name: str, kind: str, options: dict[str, Any], length: int = steps) -> None:
         options = {**METHODS[name].options, **options}
-        if options.get("average_interval", 0) > steps:
-            left_out.append(f"{label(name, kind)}: its interval of {options['average_interval']} steps is longer than the run")
+        try:
+            if "average_interval" in MIXINGS[options["mixing"]].options:
+                times_of(options["mixing"], options.get("average_interval"), length, steps_per_epoch)
+        except ValueError as error:
+            left_out.append(f"{label(name, kind)}: {error}")
         else:
             found.append((label(name, kind), name, options, length))
 
@@ -167,15 +190,16 @@ def rows(
             elif kind == "budgets" and kind in kinds:
                 for budget in budgets:
                     free = tuned.get(label(name, f"{budget:g}"))
+                    size = setting.population_size
                     try:
-                        add(name, f"{budget:g}", for_budget(name, budget, model, setting.population_size, free))
+                        add(name, f"{budget:g}", for_budget(name, budget, model, size, steps, steps_per_epoch, free))
                     except ValueError as error:
                         left_out.append(f"{label(name, f'{budget:g}')}: {error}")
             elif kind == "tuned" and kind in kinds:
                 if label(name, kind) in tuned:
                     add(name, kind, tuned[label(name, kind)])
                 else:
-                    left_out.append(f"{label(name, kind)}: it has not been tuned for this preset")
+                    left_out.append(f"{label(name, kind)}: it has not been tuned for this preset.")
             elif kind in ("published", "default") and kind in kinds:
                 published = METHODS[name].published
                 if METHODS[name].options.get("mixing") == "wash" and kind == "published":

@@ -2,6 +2,7 @@
 
 import timm
 import torch
+from glyph_data import GlyphRecipe
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import vgg16_bn
@@ -14,7 +15,8 @@ class Classifier(nn.Module):
     A body that makes logits, as the Trainer wants it.
 
     Args:
-        body (`nn.Module`): Images of shape `(batch, 3, height, width)` to logits of shape `(batch, num_labels)`.
+        body (`nn.Module`):
+            Images of shape `(batch, 3, height, width)` to logits of shape `(batch, num_labels)`, or to what has such.
     """
 
     def __init__(self, body: nn.Module):
@@ -22,7 +24,8 @@ class Classifier(nn.Module):
         self.body = body
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        logits = self.body(pixel_values)
+        output = self.body(pixel_values)
+        logits = getattr(output, "logits", output)
         if labels is None:
             return {"logits": logits}
         return {"loss": nn.functional.cross_entropy(logits.float(), labels), "logits": logits}
@@ -49,15 +52,14 @@ def resnet(width: int, depths: tuple[int, ...], num_labels: int) -> nn.Sequentia
     return body
 
 
-def make_model(setting: Setting, num_labels: int) -> Classifier:
+def make_model(setting: Setting, label_names: list[str]) -> Classifier:
     """The setting's model, with weights drawn from torch's global generator."""
-    if setting.model == "resnet":
-        return Classifier(resnet(setting.width, (1, 1, 1), num_labels))
+    num_labels = len(label_names)
+    if setting.model == "small":
+        return Classifier(GlyphRecipe(steps=1).build_model(label_names))
     if setting.model == "resnet18":
         return Classifier(resnet(setting.width, (2, 2, 2, 2), num_labels))
     if setting.model == "vgg16":
-        features = vgg16_bn().features
-        return Classifier(
-            nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_labels))
-        )
+        body = [vgg16_bn().features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_labels)]
+        return Classifier(nn.Sequential(*body))
     return Classifier(timm.create_model("resnet50", num_classes=num_labels))

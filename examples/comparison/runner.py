@@ -39,11 +39,11 @@ def in_words(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def step_seconds(setting: Setting, num_labels: int) -> float:
+def step_seconds(setting: Setting, label_names: list[str]) -> float:
     """How long a step of one member takes on this machine, on one thread: measured on a few."""
     threads = torch.get_num_threads()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = make_model(setting, num_labels).to(device)
+    model = make_model(setting, label_names).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     shape = (setting.batch_size, 3, setting.image_size, setting.image_size)
     torch.set_num_threads(1)
@@ -202,9 +202,10 @@ class Runner:
             self._seconds += max(0.0, time.monotonic() - one.began - OVERHEAD)
             self._rate = self._seconds / self._work if self._work else self._rate
             return result, ""
-        lines = (one.folder / "log.txt").read_text().strip().splitlines()
+        log = one.folder / "log.txt"
+        lines = log.read_text().strip().splitlines() if log.exists() else []
         reason = lines[-1] if lines else f"it ended with code {one.process.exitcode}"
-        return None, f"{reason} (all of it is in {one.folder / 'log.txt'})"
+        return None, f"{reason} (all of it is in {log})"
 
     def _show(self, total, results, running, waiting, failed) -> None:
         done = sum(result is not None for result in results.values())

@@ -4,8 +4,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from glyph_data import PRESETS as GLYPHS
 
-MODELS = ("resnet", "resnet18", "vgg16", "resnet50")
+
+MODELS = ("small", "resnet18", "vgg16", "resnet50")
 VIEWS = ("crop", "crop_flip", "resized_crop", "none")
 RECIPES = ("homogeneous", "heterogeneous")
 
@@ -21,9 +23,9 @@ class Setting:
         dataset_name, data_dir (`str`, *optional*):
             As in the other examples: a data set on the Hub (or `glyphs-short`, `glyphs-long`), or a folder.
         model (`str`):
-            `resnet` (small, of `width`), `resnet18` and `vgg16` (as for CIFAR, from `width` 64 on), `resnet50`.
+            `small` (the ResNet of the glyphs), `resnet18` and `vgg16` (as for CIFAR), `resnet50` (as for ImageNet).
         width (`int`):
-            Channels of the first stage of a ResNet.
+            Channels of the first stage of `resnet18`; 64 is the usual one.
         epochs, steps (`int`, *optional*):
             Length of one member's run: one of the two.
         view (`str`):
@@ -124,10 +126,19 @@ PRESETS = {
         checkpoints=90,
         wash_probability=0.05,
     ),
-    "glyphs-short": Setting(
-        "glyphs-short", dataset_name="glyphs-short", model="resnet", width=16, view="none", steps=700, warmup_steps=30
-    ),
-    "glyphs-long": Setting(
-        "glyphs-long", dataset_name="glyphs-long", model="resnet", width=16, view="none", steps=4000, warmup_steps=30
-    ),
+    **{
+        name: Setting(
+            name,
+            dataset_name=name,
+            model="small",
+            min_learning_rate=0.0,
+            view="crop",
+            **{
+                option: getattr(preset.recipe, option)
+                for option in
+                ("steps", "batch_size", "learning_rate", "momentum", "nesterov", "weight_decay", "warmup_steps")
+            },
+        )
+        for name, preset in GLYPHS.items()
+    },
 }

@@ -59,7 +59,9 @@ class SettingArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images at most."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Test on so many images at most."})
     output_dir: str | None = field(default=None, metadata={"help": "Default: outputs/SCRIPT-PRESET."})
-    jobs: int | None = field(default=None, metadata={"help": "Cells at a time. Default: one for each core; 1 on a GPU."})
+    jobs: int | None = field(
+        default=None, metadata={"help": "Cells at a time. Default: one for each core; 1 on a GPU."}
+    )
     time_limit: float | None = field(
         default=None, metadata={"help": "Minutes after which the rest is left to another call."}
     )
@@ -74,6 +76,8 @@ class SettingArguments:
                 raise ValueError(f"--{name} must be at least 1, found {value}.")
         if self.time_limit is not None and not self.time_limit > 0:
             raise ValueError(f"--time_limit must be a number of minutes above 0, found {self.time_limit}.")
+        if self.data_dir and self.dataset_name:
+            raise ValueError("--data_dir and --dataset_name both name training data; give one of them.")
         if self.jobs is None:
             self.jobs = 1 if torch.accelerator.is_available() else available_cores()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_methods import SettingArguments, begin, run_all
+from comparison.cell import Cell
 from comparison.methods import BUDGETS, FREE, METHODS, describe, for_budget, label, trials
 from comparison.record import RESULTS, cells_for, record, save
 from transformers import HfArgumentParser
@@ -38,7 +39,7 @@ class TuneArguments:
     )
     budgets: list[float] = field(
         default_factory=lambda: list(BUDGETS),
-        metadata={"help": "Copies of the model that a member sends in a step; none to leave that out."},
+        metadata={"help": "Copies of the model that a member sends in a step. Default: 0.01 0.04 0.1."},
     )
     seeds: int = field(default=1, metadata={"help": "Seeds for each trial."})
 
@@ -50,18 +51,23 @@ class TuneArguments:
             raise ValueError(f"--seeds must be at least 1, found {self.seeds}.")
 
 
-def chosen_of(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def chosen_of(results: list[dict[str, Any]], cells: list[Cell]) -> dict[str, dict[str, Any]]:
     """
-    For each row of a comparison, the options of the trial with the best averaged model on held-out data; of equal ones
-    the first.
+    For each row of a comparison of which all trials are finished (equal effort for all), the options of the trial with
+    the best averaged model on held-out data; of equal ones the first.
 
     Args:
-        results (`list[dict]`): Of cells whose labels are a row's, a dot, and a number.
+        results (`list[dict]`): Of the cells that are finished; their labels are a row's, a dot, and a number.
+        cells (`list[Cell]`): All.
     """
+    finished = {(result["label"], result["seed"]) for result in results}
+    unfinished = {cell.label.rpartition(".")[0] for cell in cells if (cell.label, cell.seed) not in finished}
     scores: dict[str, dict[str, list[float]]] = {}
     options: dict[str, dict[str, Any]] = {}
     for result in results:
         row, _, _ = result["label"].rpartition(".")
+        if row in unfinished:
+            continue
         scores.setdefault(row, {}).setdefault(result["label"], []).append(result["held_out"]["soup"])
         method = METHODS[result["method"]].options
         options[result["label"]] = {n: value for n, value in result["options"].items() if n not in method}
@@ -84,26 +90,28 @@ def main(arguments: list[str] | None = None) -> int:
     given, wanted = parser.parse_args_into_dataclasses(args=arguments)
     setting = given.setting().but(hold_out=HELD_OUT, evaluate_on="held_out")
     runner, steps, model, steps_per_epoch = begin(given, setting, "tune")
-    rows = []
-    for name in wanted.methods:
-        tried = [(label(name, "tuned"), options) for options in trials(name, steps, steps_per_epoch)]
-        for budget in wanted.budgets if name in FREE else []:
+    tried = [(name, "tuned", options) for name in wanted.methods for options in trials(name, steps)]
+    for budget in wanted.budgets:
+        for name in (name for name in wanted.methods if name in FREE):
             for free in FREE[name]:
                 options = for_budget(name, budget, model, setting.population_size, steps, steps_per_epoch, free)
-                tried.append((label(name, f"{budget:g}"), options))
-        numbers: dict[str, int] = {}
-        for row, options in tried:
-            numbers[row] = number = numbers.get(row, 0) + 1
-            rows.append((f"{row}.{number}", name, {**METHODS[name].options, **options}, steps))
-    results, code = run_all(runner, cells_for(rows, wanted.seeds, setting), given)
+                tried.append((name, f"{budget:g}", options))
+    rows = []
+    for name, kind, options in tried:
+        number = 1 + sum(row[0].rpartition(".")[0] == label(name, kind) for row in rows)
+        rows.append((f"{label(name, kind)}.{number}", name, {**METHODS[name].options, **options}, steps))
+    cells = cells_for(rows, wanted.seeds, setting)
+    results, code = run_all(runner, cells, given)
     if not results:
         return code
-    chosen = chosen_of(results)
+    chosen = chosen_of(results, cells)
     kept = record("tuning", setting, steps, results, chosen=chosen)
     path = Path(given.record or RESULTS / f"tuning-{setting.name}.json")
     save(path, kept)
     for row, options in chosen.items():
-        print(f"{row}: {describe({'mixing': METHODS[row.partition('@')[0].partition('-')[0]].options['mixing'], **options})}")
+        print(
+            f"{row}: {describe({'mixing': METHODS[row.partition('@')[0].partition('-')[0]].options['mixing'], **options})}"
+        )
     print(f"Written to {path}.")
     return code
 

@@ -103,7 +103,11 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         now = time.perf_counter()
-        self.steps, self.steps_here, self.seconds = self.steps + 1, self.steps_here + 1, self.seconds + now - self._began
+        self.steps, self.steps_here, self.seconds = (
+            self.steps + 1,
+            self.steps_here + 1,
+            self.seconds + now - self._began,
+        )
         if now - self._written > 1 or state.global_step == state.max_steps:
             self._written = now
             write_whole(self._path, f"{state.global_step} {state.max_steps} {self.steps} {self.seconds}".encode())

@@ -154,4 +154,3 @@ def accuracy_on_training_data(models: list[nn.Module], data: Data) -> float:
     sample = Subset(data.train, range(min(TRAIN_SAMPLE, len(data.train))))
     logits, labels = logits_of(models, data, sample)
     return sum(accuracy(each, labels) for each in logits) / len(models)
-

@@ -63,13 +63,13 @@ FREE = {
 }
 
 
-def trials(method: str, steps: int, steps_per_epoch: int) -> list[dict[str, Any]]:
+def trials(method: str, steps: int) -> list[dict[str, Any]]:
     """
     What is tried for a method when it is tuned: six settings each, spread over what is sensible for the run's length.
 
     Args:
         method (`str`): A key of `METHODS`.
-        steps, steps_per_epoch (`int`): Of one member.
+        steps (`int`): Of one member.
     """
 
     def shuffles(number: float, stop: float) -> dict[str, Any]:

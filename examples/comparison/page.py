@@ -1,11 +1,13 @@
 """The page on results, made from the records alone: tables, and sentences that are computed from their numbers."""
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from .methods import METHODS, describe
+from .setting import PRESETS
 from .studies import tables_of as study_tables
 from .tables import Row, comparison_table, difference, markdown, rows_of, short, spread, verdict
 
@@ -50,7 +52,15 @@ def load_records(folder: Path) -> list[dict[str, Any]]:
 def name_of(kept: dict[str, Any]) -> str:
     """What a record is called: its preset, and how it differs."""
     setting = kept["setting"]
-    return setting["name"] + (", heterogeneous recipes" if setting["recipes"] == "heterogeneous" else "")
+    words = [setting["name"]]
+    preset = dataclasses.asdict(PRESETS[setting["name"]]) if setting["name"] in PRESETS else setting
+    if setting["recipes"] != preset["recipes"]:
+        words.append(f"{setting['recipes']} recipes")
+    if (setting["model"], setting["width"]) != (preset["model"], preset["width"]):
+        words.append(f"{setting['model']} of width {setting['width']}")
+    if setting["population_size"] != preset["population_size"]:
+        words.append(f"{setting['population_size']} members")
+    return ", ".join(words)
 
 
 def picture_name(kept: dict[str, Any]) -> str:
@@ -78,7 +88,7 @@ def provenance(kept: dict[str, Any]) -> str:
     return f"Commit {kept['commit']}; {kept['machine']}:\n\n```\n{kept['command']}\n```"
 
 
-def claims(rows: dict[str, Row], population_size: int) -> list[str]:
+def claims(rows: dict[str, Row]) -> list[str]:
     """What the issue of WASH's worth asks for, each as a sentence with its numbers."""
     ours = rows.get("wash-tuned") or rows.get("wash-default")
     if ours is None:
@@ -120,7 +130,9 @@ def equal_bytes(rows: dict[str, Row]) -> str:
             against = difference(row, ours) if ours is not None and row is not ours else None
             told = ""
             if against is not None:
-                told = "not told apart" if abs(against[0]) < 2 * against[1] else ("ahead" if against[0] > 0 else "behind")
+                told = (
+                    "not told apart" if abs(against[0]) < 2 * against[1] else ("ahead" if against[0] > 0 else "behind")
+                )
                 told = f"{against[0]:+.2f} ± {against[1]:.2f}: {told}"
             lines.append(
                 [
@@ -133,7 +145,15 @@ def equal_bytes(rows: dict[str, Row]) -> str:
                     told,
                 ]
             )
-    header = ["budget", "method", "setting", "copies sent a step", "ensemble, %", "averaged model, %", "against WASH, points"]
+    header = [
+        "budget",
+        "method",
+        "setting",
+        "copies sent a step",
+        "ensemble, %",
+        "averaged model, %",
+        "against WASH, points",
+    ]
     return markdown(header, lines) if lines else ""
 
 
@@ -146,7 +166,9 @@ def separable(rows: dict[str, Row]) -> str:
     if not pairs:
         return "One seed: the setting is too small to tell any two methods apart."
     errors = [pair[1] for pair in found if pair is not None]
-    median = f", and the median standard error of a difference is {statistics.median(errors):.2f} points" if errors else ""
+    median = (
+        f", and the median standard error of a difference is {statistics.median(errors):.2f} points" if errors else ""
+    )
     return (
         f"Of {len(pairs)} pairs of rows, {sum(apart)} are told apart by their averaged models{median}; for the others the "
         f"setting is too small."
@@ -163,7 +185,7 @@ def comparison_part(kept: dict[str, Any]) -> str:
         comparison_table(found),
         f"![Accuracy of the averaged model against what is sent](results/{picture_name(kept)})",
         separable(rows),
-        "\n".join(f"- {sentence}" for sentence in claims(rows, kept["setting"]["population_size"])),
+        "\n".join(f"- {sentence}" for sentence in claims(rows)),
     ]
     if table := equal_bytes(rows):
         parts += ["**At equal bytes**", table]
@@ -183,11 +205,14 @@ def tuning_part(kept: dict[str, Any]) -> str:
         scores.setdefault(cell["label"], []).append(100 * cell["held_out"]["soup"])
     for cell in kept["cells"]:
         row = cell["label"].rpartition(".")[0]
+        if row not in kept["chosen"]:  # not all of its trials are finished
+            continue
         text = f"{describe(cell['options'])}: {statistics.fmean(scores[cell['label']]):.1f}"
         if text not in tried.setdefault(row, []):
             tried[row].append(text)
     lines = [
-        [row, "; ".join(texts), describe({"mixing": _mixing(row), **kept["chosen"][row]})] for row, texts in tried.items()
+        [row, "; ".join(texts), describe({"mixing": _mixing(row), **kept["chosen"][row]})]
+        for row, texts in tried.items()
     ]
     table = markdown(["row", "tried: accuracy of the averaged model on held-out training images, %", "chosen"], lines)
     return "\n\n".join([f"## {name_of(kept)}: what was tuned", set_up(kept), table, provenance(kept)])

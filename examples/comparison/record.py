@@ -28,7 +28,9 @@ def machine() -> str:
     else:
         names = [line.partition(":")[2].strip() for line in _cpu_info() if line.startswith("model name")]
         what = f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}, one thread a cell"
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    versions = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
     return f"{what}; {versions}"
 
 

@@ -91,8 +91,6 @@ class Setting:
             require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("A setting has epochs or steps, one of the two.")
-        if self.dataset_name and self.data_dir:
-            raise ValueError("--dataset_name and --data_dir both name training data; give one of them.")
 
     def length(self, steps_per_epoch: int) -> int:
         """Optimizer steps of one member."""
@@ -135,8 +133,15 @@ PRESETS = {
             view="crop",
             **{
                 option: getattr(preset.recipe, option)
-                for option in
-                ("steps", "batch_size", "learning_rate", "momentum", "nesterov", "weight_decay", "warmup_steps")
+                for option in (
+                    "steps",
+                    "batch_size",
+                    "learning_rate",
+                    "momentum",
+                    "nesterov",
+                    "weight_decay",
+                    "warmup_steps",
+                )
             },
         )
         for name, preset in GLYPHS.items()

@@ -71,7 +71,9 @@ STUDIES = {
     "stop": Study(
         "When should shuffling stop?", _wash(*({"shuffle_stop": stop} for stop in (0.25, 0.5, 0.75, 0.9, 1.0)))
     ),
-    "start": Study("When should shuffling start?", _wash(*({"shuffle_start": start} for start in (0.0, 0.1, 0.25, 0.5)))),
+    "start": Study(
+        "When should shuffling start?", _wash(*({"shuffle_start": start} for start in (0.0, 0.1, 0.25, 0.5)))
+    ),
     "init": Study(
         "Should all members start from the same weights?",
         lambda steps: [

@@ -18,18 +18,23 @@ always the same; elsewhere sines and cosines may differ in their last bit, and w
 import dataclasses
 import io
 import os
+import sys
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, pairwise, zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PilImage
-from transformers import ResNetConfig, ResNetForImageClassification
+
+
+# Drawing needs neither, and starts seconds earlier without them.
+if TYPE_CHECKING:
+    import torch
+    from transformers import ResNetForImageClassification
 
 
 # Goes into the name of what is cached: to be raised with every change of what is drawn.
@@ -137,8 +142,10 @@ class GlyphRecipe:
     widths: tuple[int, ...] = (16, 32, 64)
     depths: tuple[int, ...] = (2, 2, 2)
 
-    def build_model(self, class_names: list[str]) -> ResNetForImageClassification:
+    def build_model(self, class_names: list[str]) -> "ResNetForImageClassification":
         """A new ResNet with weights from torch's global generator; it sees `(batch, 3, 32, 32)`, normalized."""
+        from transformers import ResNetConfig, ResNetForImageClassification
+
         config = ResNetConfig(
             embedding_size=self.widths[0],
             hidden_sizes=list(self.widths),
@@ -150,13 +157,15 @@ class GlyphRecipe:
         )
         return ResNetForImageClassification(config)
 
-    def crop(self, images: torch.Tensor) -> torch.Tensor:
+    def crop(self, images: "torch.Tensor") -> "torch.Tensor":
         """
         What a batch of training images undergoes, with draws from torch's global generator.
 
         Args:
             images (`torch.Tensor`): `(batch, channels, height, width)`, of any type.
         """
+        import torch
+
         count, _, height, width = images.shape
         padded = torch.nn.functional.pad(images, (self.padding,) * 4)
         top, left = torch.randint(0, 2 * self.padding + 1, (2, count, 1))
@@ -174,8 +183,8 @@ class GlyphPreset:
 
 
 PRESETS = {
-    "glyphs-short": GlyphPreset(GlyphOptions(), GlyphRecipe(steps=700)),
-    "glyphs-long": GlyphPreset(GlyphOptions(num_classes=60, train_size=2400, test_size=3000), GlyphRecipe(steps=3000)),
+    "glyphs-short": GlyphPreset(GlyphOptions(difficulty=0.55), GlyphRecipe(steps=700)),
+    "glyphs-long": GlyphPreset(GlyphOptions(num_classes=60, train_size=2000, test_size=3000), GlyphRecipe(steps=3000)),
 }
 
 
@@ -333,6 +342,8 @@ def draw(
         turn = draws.between(-1, 1) * np.float32(np.deg2rad(6 + 24 * hard))
         shear = draws.between(-1, 1) * np.float32(0.05 + 0.35 * hard)
         stretch = np.exp(draws.between(-1, 1) * np.float32(0.05 + 0.3 * hard))
+        # Stretched one way, it still is at most `size` long.
+        size = size * np.minimum(stretch, 1 / stretch)
         weight = draws.between(-0.1 - 0.25 * hard, 0.1 + 0.7 * hard)
         softness = draws.between(0.9, 1.0 + 1.6 * hard)
         cosine, sine = np.cos(turn) / size, np.sin(turn) / size
@@ -478,7 +489,7 @@ def parse_glyphs(dataset_name: str, changes: str | None = None) -> tuple[GlyphOp
         ValueError: for an option that is not there or a value that is none of it.
     """
     options = PRESETS[dataset_name].options if dataset_name in PRESETS else GlyphOptions()
-    types = {field.name: type(field.default) for field in dataclasses.fields(GlyphOptions)} | {"seed": int}
+    types = {name: type(value) for name, value in dataclasses.asdict(options).items()} | {"seed": int}
     values: dict[str, Any] = {}
     for change in changes.split(",") if changes else []:
         name, _, value = (part.strip() for part in change.partition("="))
@@ -494,3 +505,19 @@ def parse_glyphs(dataset_name: str, changes: str | None = None) -> tuple[GlyphOp
             raise ValueError(f"--dataset_config_name {changes}: {name} must be {kind}, found {value!r}.") from error
     seed = values.pop("seed", 0)
     return dataclasses.replace(options, **values), seed
+
+
+def contact_sheet(path: str) -> None:
+    """Save a picture of twenty classes: one draw of each at the difficulties 0, 0.25, 0.5 and 1, and two more at 0.5."""
+    rows = []
+    for difficulty, numbers in ((0.0, [0]), (0.25, [0]), (0.5, [0]), (1.0, [0]), (0.5, [1, 2])):
+        options = GlyphOptions(num_classes=20, train_size=60, test_size=20, difficulty=difficulty)
+        images = np.concatenate([images for images, _ in images_of(options, 0, "train")])
+        rows += [np.hstack(list(images[20 * number : 20 * (number + 1)])) for number in numbers]
+    PilImage.fromarray(np.vstack(rows)).quantize(128, dither=PilImage.Dither.NONE).save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("To save a picture of some glyphs: python examples/glyph_data.py PICTURE.png")
+    contact_sheet(sys.argv[1])

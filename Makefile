@@ -13,6 +13,8 @@ INSTALL ?= -e ".[dev]"
 OUTPUT_DIR ?= outputs/digits
 ARGS ?=
 PYTEST_ARGS ?=
+# Processes that share the tests, a file at a time. JOBS=0 PYTEST_ARGS=--pdb to look into one.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.hf-wash-installed
@@ -43,7 +45,8 @@ train: $(STAMP)
 # One thread, because results are promised bit for bit at an equal thread count; offline, because nothing in the tests
 # may depend on a download.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not (reliability and slow)" --durations=15 --durations-min=1 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(JOBS) --dist loadfile -m "not (reliability and slow)" \
+		--durations=25 --durations-min=1 $(PYTEST_ARGS)
 
 test-reliability: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest tests/reliability

@@ -4,6 +4,7 @@ does to the members is in `mixing/`; how its mixer is made, in `trainer/mixing_r
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,23 @@ class Source:
     url: str
     key: str
     eprint: str | None = None
+
+    @property
+    def bibtex(self) -> str:
+        """An entry for BibTeX, in which acronyms stay as they are."""
+        where = (
+            {"eprint": self.eprint, "archivePrefix": "arXiv"}
+            if self.eprint
+            else {"howpublished": f"\\url{{{self.url}}}"}
+        )
+        fields = {
+            "title": re.sub(r"\w+[A-Z]\w*", r"{\g<0>}", self.title),
+            "author": self.authors,
+            "year": self.year,
+            **where,
+        }
+        lines = ",\n".join(f"  {name:<13} = {{{value}}}" for name, value in fields.items())
+        return f"@misc{{{self.key},\n{lines}\n}}"
 
 
 def _on_arxiv(eprint: str, key: str, year: int, title: str, authors: str) -> Source:
@@ -65,7 +83,7 @@ DILOCO = _on_arxiv(
     "Arthur Douillard and Qixuan Feng and Andrei A. Rusu and Rachita Chhaparia and Yani Donchev and Adhiguna Kuncoro and "
     "Marc'Aurelio Ranzato and Arthur Szlam and Jiajun Shen",
 )  # fmt: skip
-SPARTA = Source("SPARTA, in EXO Gym", "Exo Labs", 2025, "https://github.com/exo-explore/gym", "exo2025gym")
+SPARTA = Source("EXO Gym", "{Exo Labs}", 2025, "https://github.com/exo-explore/gym", "exo2025gym")
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,7 @@ class Method:
     Args:
         title (`str`): As its authors call it.
         does (`str`): What the members do, as the end of a sentence that begins with "they".
+        did (`str`): What they did while training, for a stranger, as the end of such a sentence.
         options (`Sequence[str]`): Those of `OPTIONS` that it takes.
         sources (`Sequence[Source]`, *optional*): Where it is described.
         probability (`float`, *optional*): The published `shuffle_probability`, if there is one for all runs.
@@ -89,6 +108,7 @@ class Method:
 
     title: str
     does: str
+    did: str
     options: Sequence[str]
     sources: Sequence[Source] = ()
     probability: float | None = None
@@ -100,28 +120,59 @@ class Method:
 
 
 METHODS = {
-    "wash": Method("WASH", "swap a few weights", SHUFFLE_OPTIONS, [WASH], averages=False),
+    "wash": Method(
+        "WASH", "swap a few weights",
+        "kept swapping a small, randomly chosen part of their weights with one another (a method called WASH). A weight stays "
+        "in its place and only changes its owner, which is meant to keep the models close enough to each other to be "
+        "averaged, and different enough for that to be worth it",
+        SHUFFLE_OPTIONS, [WASH], averages=False,
+    ),
     "papa": Method(
-        "PAPA", "are pulled towards their mean", ("average_interval", "average_rate"), [PAPA],
-        rate=0.99, rate_is="α, the part of itself that a member keeps", buffers=True,
+        "PAPA", "are pulled towards their mean",
+        "were pulled a little towards their average every few steps (a method called PAPA)",
+        ("average_interval", "average_rate"), [PAPA], rate=0.99, rate_is="α, the part of itself that a member keeps",
+        buffers=True,
     ),
     "papa_all": Method(
-        "PAPA-all", "all become their mean", ("average_interval",), [PAPA, REPAIR], buffers=True, repaired=True,
+        "PAPA-all", "all become their mean",
+        "were all replaced by their average now and then, whose activations were then rescaled to theirs (a method called "
+        "PAPA-all, with REPAIR)",
+        ("average_interval",), [PAPA, REPAIR], buffers=True, repaired=True,
     ),
     "papa_2": Method(
-        "PAPA-2", "each become the mean of a random pair", ("average_interval",), [PAPA, REPAIR], buffers=True,
-        repaired=True,
+        "PAPA-2", "each become the mean of a random pair",
+        "were each replaced by the average of a random pair of them now and then, whose activations were then rescaled to "
+        "theirs (a method called PAPA-2, with REPAIR)",
+        ("average_interval",), [PAPA, REPAIR], buffers=True, repaired=True,
     ),
-    "dart": Method("DART", "all become their mean, a few times in the run", ("average_interval",), [DART]),
-    "sparta": Method("SPARTA", "average a few weights", _SOME, [SPARTA], probability=0.005),
-    "local_sgd": Method("local SGD", "all become their mean", ("average_interval",), [FEDAVG]),
+    "dart": Method(
+        "DART", "all become their mean, a few times in the run",
+        "were all replaced by their average several times, as a method called DART has it for models that differ by their "
+        "augmentations",
+        ("average_interval",), [DART],
+    ),
+    "sparta": Method(
+        "SPARTA", "average a few weights",
+        "replaced a small, randomly chosen part of their weights by its average, another one each time (a method called "
+        "SPARTA)",
+        _SOME, [SPARTA], probability=0.005,
+    ),
+    "local_sgd": Method(
+        "local SGD", "all become their mean",
+        "were all replaced by their average every so many steps (a method called local SGD, or federated averaging)",
+        ("average_interval",), [FEDAVG],
+    ),
     "diloco": Method(
-        "DiLoCo", "all go on from an outer step towards their mean", ("average_interval", "average_rate"), [DILOCO],
-        rate=0.7, rate_is="the outer learning rate",
+        "DiLoCo", "all go on from an outer step towards their mean",
+        "met every so many steps, and all went on from where an outer optimizer stepped to, towards their average (a method "
+        "called DiLoCo)",
+        ("average_interval", "average_rate"), [DILOCO], rate=0.7, rate_is="outer learning rate",
     ),
     # Takes what a shuffle takes, so that a run can be made again with the exchange alone switched off.
-    "independent": Method("no exchange", "exchange nothing", SHUFFLE_OPTIONS, averages=False),
+    "independent": Method("no exchange", "exchange nothing", "exchanged nothing", SHUFFLE_OPTIONS, averages=False),
 }  # fmt: skip
+# Of DiLoCo's outer optimizer.
+OUTER_MOMENTUM = 0.9
 
 
 def foreign_option(mixing: str, name: str) -> str:

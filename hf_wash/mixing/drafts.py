@@ -1,8 +1,11 @@
 """What a mixer works out ahead, in a thread, while the members compute: the plan of a step, and what carries it out."""
 
+import atexit
 import operator
+import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 from .exchange import DeviceShipment, HostShipment, Route, route
@@ -42,16 +45,38 @@ class Promise:
 def keep_promises(tasks: queue.SimpleQueue) -> None:
     """What the thread does: keep one promise after the other, until it is given `None`."""
     while (promise := tasks.get()) is not None:
-        promise.keep()
+        with _AT_WORK:
+            promise.keep()
         # Else it would be held, and all that it refers to, until the next one comes.
         del promise
 
 
-def dismiss(tasks: queue.SimpleQueue, thread: threading.Thread) -> None:
-    """End the thread."""
-    tasks.put(None)
-    # The interpreter must not end while the thread is at work.
-    if thread is not threading.current_thread():
+# Held by the thread that is at work, and by who forks: a process that is forked off in the middle of it would find what
+# locks torch, NumPy or Python's imports held then locked for ever. (A loader's workers are forked while members train.)
+_AT_WORK = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_AT_WORK.acquire, after_in_parent=_AT_WORK.release, after_in_child=_AT_WORK.release)
+
+_THREADS: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue] = weakref.WeakKeyDictionary()
+
+
+def hire(employer: object) -> tuple[queue.SimpleQueue, threading.Thread]:
+    """A thread that keeps the promises which are put into the queue, as long as `employer` is there."""
+    tasks: queue.SimpleQueue = queue.SimpleQueue()
+    thread = threading.Thread(target=keep_promises, args=(tasks,), name="hf_wash-plan", daemon=True)
+    thread.start()
+    _THREADS[thread] = tasks
+    # Told to end, and not waited for: the employer may be freed by a garbage collection, in the middle of anything,
+    # with locks held that an ending thread takes.
+    weakref.finalize(employer, tasks.put, None)
+    return tasks, thread
+
+
+@atexit.register
+def _dismiss_all() -> None:
+    # The interpreter must not end while a thread is at work.
+    for thread, tasks in list(_THREADS.items()):
+        tasks.put(None)
         thread.join()
 
 

@@ -8,7 +8,6 @@ What a caller uses is [`WashMixer`]; the statistics it returns and the errors it
 import functools
 import queue
 import threading
-import weakref
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .agreement import agree, architecture, check_members, processes
-from .drafts import Draft, Promise, dismiss, keep_promises
+from .drafts import Draft, Promise, hire
 from .exchange import DeviceShipment, HostShipment
 from .memory import Plane, Views, look
 from .optimizer_state import Layout, OptimizerStates, common_layout, optimizer_name, trial_refusal
@@ -419,12 +418,7 @@ class WashMixer:
 
     def _submit(self, step: int) -> None:
         if self._tasks is None or not self._thread_lives():
-            self._tasks = queue.SimpleQueue()
-            self._thread = threading.Thread(
-                target=keep_promises, args=(self._tasks,), name="hf_wash-plan", daemon=True
-            )
-            self._thread.start()
-            weakref.finalize(self, dismiss, self._tasks, self._thread)
+            self._tasks, self._thread = hire(self)
         # Now, not below: freeing tensors lets other threads in, and the one that draws would go first.
         self._ahead = None
         promise = Promise(functools.partial(Draft, *self._outline(step)))

@@ -9,8 +9,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -103,16 +103,20 @@ class Exchanging(Part):
         step, self._waiting = self._waiting, None
         if step is None:
             return
-        if not self.mixing.repairs(step):
+        if not (self.mixing.repairs(step) and self._can_be_repaired()):
             self.mixing.mix(step)
             return
         batches = [self._batches_to_repair_on(member, step) for member in self.members]
         targets = self._targets(batches, step)
         self.mixing.mix(step)
         for member, own, target in zip(self.members, batches, targets, strict=True):
-            if target or has_batch_norm(member.model):
-                with as_member(self, member):
-                    repair(member.model, target, own, forward=self._forward_as_it_is)
+            with as_member(self, member):
+                repair(member.model, target, own, forward=self._forward_as_it_is)
+
+    def _can_be_repaired(self) -> bool:
+        """Whether a model has what is rescaled or measured anew; the same on every process."""
+        model = self.population.members[0]
+        return has_batch_norm(model) or any(_is_trained_convolution(module) for module in model.modules())
 
     # ---- What an average of whole models needs -----------------------------------------------------------------------
 
@@ -137,7 +141,7 @@ class Exchanging(Part):
             with as_member(self, member):
                 measured = channel_statistics(member.model, own, forward=self._forward_as_it_is)
             # What is frozen is shared among members, and the same in their average.
-            trained = {name for name, module in member.model.named_modules() if _learns(module)}
+            trained = {name for name, module in member.model.named_modules() if _is_trained_convolution(module)}
             found.append(
                 {name: tuple(part.cpu() for part in two) for name, two in measured.items() if name in trained}
             )
@@ -157,6 +161,5 @@ class Exchanging(Part):
             model(**{name: value for name, value in inputs.items() if name not in self.label_names})
 
 
-def _learns(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.requires_grad
+def _is_trained_convolution(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and module.weight.requires_grad

@@ -10,7 +10,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..config import ENOUGH_SHUFFLES, LARGEST_FITTED_PROBABILITY, PopulationArguments
-from ..methods import METHODS, Times
+from ..methods import METHODS, OUTER_MOMENTUM, Times
 from ..mixing import (
     DilocoMixer,
     PairAverageMixer,
@@ -59,7 +59,7 @@ def make_mixer(
         return PapaMixer(wholes, [optimizer], rate=1 - rate, interval=times.interval, steps_per_epoch=times.epoch)
     if args.mixing == "diloco":
         assert rate is not None
-        return DilocoMixer(wholes, interval=times.interval, learning_rate=rate)
+        return DilocoMixer(wholes, interval=times.interval, learning_rate=rate, momentum=OUTER_MOMENTUM)
     if args.mixing == "papa_2":
         return PairAverageMixer(
             wholes, interval=times.interval, first=times.first, last=times.last, seed=seed, buffers=buffers

@@ -145,6 +145,7 @@ class Publishing(Part):
             greedy=self.greedy_record,
             left_out=sorted(self.soup.left_out),
             probability=self.mixing.probability if self._mixing is not None else self.args.shuffle_probability,
+            times=self.mixing.times if self._mixing is not None else None,
             ask_hub=ask_hub,
             batch_size=self.get_total_train_batch_size(self.args),
             datasets=(self.train_dataset, self.eval_dataset),

@@ -5,10 +5,15 @@ As a script: `scenarios.py FOLDER NAME [NAME ...]` runs them in the processes it
 `FOLDER/NAME-on-<processes>.json`.
 """
 
+import faulthandler
 import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import torch
 from small_population import (
     TEST,
@@ -191,6 +196,8 @@ SCENARIOS = [
     wash, wash_opt, batch_norm, unequal_starts, overrides, stream, shard, workers, bf16, recomputed, best,
     two_evaluation_sets, greedy, checkpointed, resumed,
 ]  # fmt: skip
+# Where each takes a few: one that stands still is to say where.
+SECONDS_A_SCENARIO = 150
 BY_NAME = {scenario.__name__: scenario for scenario in SCENARIOS}
 
 
@@ -203,7 +210,21 @@ def run(folder, name):
         write_json(Path(folder) / f"{name}-on-{processes}.json", result)
 
 
+def stand_still():
+    """Say where every thread of this process is, and of its loaders' workers, and end."""
+    for child in psutil.Process().children(recursive=True):
+        child.send_signal(signal.SIGUSR1)
+    time.sleep(5)
+    faulthandler.dump_traceback()
+    os._exit(1)
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
+    faulthandler.register(signal.SIGUSR1)
     for scenario_name in sys.argv[2:]:
+        watch = threading.Timer(SECONDS_A_SCENARIO, stand_still)
+        watch.daemon = True
+        watch.start()
         run(sys.argv[1], scenario_name)
+        watch.cancel()

@@ -45,7 +45,7 @@ def outcomes(folder):
             )  # fmt: skip
             done[processes] = completed
             if completed.returncode:
-                print(completed.stdout[-3000:], completed.stderr[-8000:])
+                print(completed.stdout[-3000:], completed.stderr[-30_000:])
         return {
             name: json.loads(path.read_text()) if (path := folder / f"{name}-on-{processes}.json").exists() else None
             for name in NAMES

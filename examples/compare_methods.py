@@ -202,8 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
     found = rows_of(kept["cells"], setting.population_size)
     print(f"\n{comparison_table(found)}\n")
     ours = next((row for row in found if row.label in (label("wash", "tuned"), label("wash", "default"))), None)
-    for row in found if ours else []:
-        if row is not ours and chosen.seeds > 1:
+    if ours is not None and chosen.seeds > 1:
+        for row in (row for row in found if row is not ours):
             print(verdict(ours, row))
     print(f"\nTables, picture and record: {runner.folder.parent}")
     return code

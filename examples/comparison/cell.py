@@ -8,6 +8,7 @@ the times aside.
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import time
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class Progress(TrainerCallback):
     """
 
     def __init__(self, path: Path):
-        self._path, self._parent = path, os.getppid()
+        self._path, self._starter = path, multiprocessing.parent_process()
         self.steps, self.seconds, self.steps_here = 0, 0.0, 0
         if path.exists():
             _, _, steps, seconds = path.read_text().split()
@@ -97,7 +98,7 @@ class Progress(TrainerCallback):
         self._began = self._written = 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if os.getppid() != self._parent:
+        if self._starter is not None and not self._starter.is_alive():
             os._exit(1)
         self._began = time.perf_counter()
 

@@ -63,7 +63,7 @@ def step_seconds(setting: Setting, label_names: list[str]) -> float:
     return min(times[1:])
 
 
-def processes() -> multiprocessing.context.BaseContext:
+def processes() -> multiprocessing.context.ForkServerContext:
     """Makes processes for cells: each a copy of one that has imported everything, on one thread."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["comparison.cell"])

@@ -106,7 +106,7 @@ class Setting:
         return dataclasses.replace(self, **changes)
 
 
-CIFAR = {"epochs": 300, "checkpoints": 30}
+CIFAR: dict[str, Any] = {"epochs": 300, "checkpoints": 30}
 
 PRESETS = {
     "cifar10": Setting("cifar10", dataset_name="cifar10", **CIFAR),

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import compare_methods
 import numpy as np
+import psutil
 import pytest
 import results_page
 import study
@@ -18,7 +20,7 @@ from comparison.methods import for_budget, rows, trials
 from comparison.models import make_model
 from comparison.page import page
 from comparison.record import RESULTS
-from comparison.runner import Runner
+from comparison.runner import Runner, processes
 from comparison.setting import PRESETS, Setting
 from PIL import Image as PilImage
 
@@ -58,6 +60,15 @@ def without_times(result: dict) -> dict:
 
 
 # ---- End to end --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_preset():
+    """The preset of the command lines below, with batches and BatchNorm estimates of a test's size."""
+    with pytest.MonkeyPatch.context() as patch:
+        changed = PRESETS["glyphs-short"].but(batch_size=8, batch_norm_batches=2)
+        patch.setitem(PRESETS, "glyphs-short", changed)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +131,7 @@ def test_a_finished_cell_is_not_run_again(compared, capsys):
 
 
 def test_a_cell_of_another_setting_is_not_taken_for_this_one(compared):
-    folder, arguments = compared
+    _, arguments = compared
     changed = ["4" if word == "3" and arguments[index - 1] == "--max_steps" else word
                for index, word in enumerate(arguments)]  # fmt: skip
     with pytest.raises(ValueError, match=r"wash@0.02-seed0 .* was run with another setting"):
@@ -175,6 +186,24 @@ def test_a_killed_cell_goes_on_from_its_checkpoint_to_the_same_result(photos, tm
     assert list(map(without_times, resumed)) == list(map(without_times, undisturbed))
     left = [path.name for path in (tmp_path / "killed" / "cells" / "wash-seed0").iterdir()]
     assert left == ["cell.json"], "checkpoints of a finished cell take space"
+
+
+def test_cells_end_with_the_script_that_started_them(photos, tmp_path):
+    arguments = ["--data_dir", str(photos), "--methods", "wash", "--kinds", "default", "--seeds", "1", "--jobs", "1"]
+    script = processes().Process(
+        target=compare_methods.main, args=([*arguments, "--max_steps", "9999", "--output_dir", str(tmp_path)],)
+    )
+    script.start()
+    try:
+        progress = tmp_path / "cells" / "wash-default-seed0" / "progress"
+        while not progress.exists():
+            assert script.is_alive()
+            time.sleep(0.2)
+        begun = psutil.Process(script.pid).children(recursive=True)
+    finally:
+        script.kill()
+    _, alive = psutil.wait_procs(begun, timeout=120)
+    assert begun and not alive
 
 
 def test_a_cell_that_fails_is_reported_and_the_others_go_on(photos, tmp_path):

@@ -41,6 +41,7 @@ from .member import LocalMembers, as_member
 from .mixing_run import MixingRun
 from .populating import Populating
 from .publishing import Publishing
+from .replaying import Replaying
 from .requests import Requests
 from .served_soup import ServedSoup
 from .serving import Serving
@@ -61,7 +62,7 @@ def _end_process_group_at_exit() -> None:
     atexit.register(end)
 
 
-class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Checkpointing, Publishing):
+class PopulationMixin(Checking, Replaying, Populating, Agreeing, Serving, Evaluating, Checkpointing, Publishing):
     """
     Makes a population of any [`~transformers.Trainer`]: put it in front of the Trainer, and [`PopulationArguments`] in
     front of its arguments.

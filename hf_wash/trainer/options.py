@@ -2,10 +2,13 @@
 The options of a run as its checkpoints keep them, and which of those that were changed take effect in a run that goes on.
 """
 
+import importlib.metadata
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from ..config import PopulationArguments
 from ..population import MemberOverrides
@@ -20,7 +23,7 @@ _NOT_KEPT = {
     "include_num_input_tokens_seen", "push_to_hub", "do_train", "do_eval", "do_predict", "resume_from_checkpoint",
     "local_rank", "use_cpu", "skip_memory_metrics", "debug", "dataloader_pin_memory", "dataloader_prefetch_factor",
     "torch_empty_cache_steps", "save_strategy", "save_total_limit", "save_on_each_node", "save_only_model",
-    "enable_jit_checkpoint", "average_tokens_across_devices",
+    "enable_jit_checkpoint", "average_tokens_across_devices", "dry_run", "verify_checkpoint",
 }  # fmt: skip
 _NOT_KEPT_PREFIXES = ("hub_", "trackio_", "ddp_", "log_")
 
@@ -59,6 +62,13 @@ def recorded(args: PopulationArguments) -> dict[str, dict[str, Any]]:
 def _plain(value: Any) -> Any:
     # What JSON does not know is told from another by its representation, as far as that is the same in another process.
     return json.loads(json.dumps(without_secrets(value), default=lambda item: re.sub(r" at 0x\w+", "", repr(item))))
+
+
+def made_with(device: torch.device) -> dict[str, Any]:
+    """What the bits of a run depend on beside its options: versions, threads and the kind of device."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {**versions, "number of threads": torch.get_num_threads(), "device": name}
 
 
 def compare(

@@ -4,8 +4,11 @@ The options of a run as its checkpoints keep them, and which of those that were 
 
 import importlib.metadata
 import json
+import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +65,35 @@ def recorded(args: PopulationArguments) -> dict[str, dict[str, Any]]:
 def _plain(value: Any) -> Any:
     # What JSON does not know is told from another by its representation, as far as that is the same in another process.
     return json.loads(json.dumps(without_secrets(value), default=lambda item: re.sub(r" at 0x\w+", "", repr(item))))
+
+
+# Compared elsewhere, and so a part of the run all the same.
+_OF_THE_RUN = ("population_size", "seed", "use_cpu")
+
+
+def command_of_replay(arguments: Sequence[str], checkpoint: str) -> str:
+    """
+    The command line that verifies a checkpoint, for strangers: without secrets, folders of this machine, and what only
+    says where a run is written and reported.
+
+    Args:
+        arguments (`Sequence[str]`): The script of the run, which takes `--verify_checkpoint`, and its arguments.
+        checkpoint (`str`): The checkpoint.
+    """
+    groups: list[list[str]] = [[]]
+    for argument in arguments[1:]:
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            groups.append([name, value] if equals else [name])
+        else:
+            groups[-1].append(argument)
+    kept = [arguments[0]]
+    for flag, *values in (group for group in groups if group):
+        name = flag.lstrip("-").replace("-", "_")
+        dropped = name.startswith(_NOT_KEPT_PREFIXES) or (name in _NOT_KEPT and name not in _OF_THE_RUN)
+        if not dropped and not any(is_secret(name, value) for value in values):
+            kept += [flag, *(Path(value).name if os.path.isabs(value) else value for value in values)]
+    return shlex.join(["python", *kept, "--verify_checkpoint", checkpoint])
 
 
 def made_with(device: torch.device) -> dict[str, Any]:

@@ -207,7 +207,8 @@ def weights_as_they_were(roots: Sequence[nn.Module]) -> Iterator[None]:
     """
     modules = list({id(module): module for root in roots for module in root.modules()}.values())
     slots = [(module, module.training, dict(module._parameters), dict(module._buffers)) for module in modules]
-    tensors = {id(t): t for _, _, *named in slots for each in named for t in each.values() if t is not None}
+    held = [t for _, _, parameters, buffers in slots for t in (*parameters.values(), *buffers.values())]
+    tensors = {id(tensor): tensor for tensor in held if tensor is not None}
     kept = [(tensor, tensor.detach().to("cpu", copy=True), tensor.grad) for tensor in tensors.values()]
     gradients = [gradient.clone() if gradient is not None else None for _, _, gradient in kept]
     try:
@@ -215,9 +216,10 @@ def weights_as_they_were(roots: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module, training, parameters, buffers in slots:
             module.training = training
-            for own, before in ((module._parameters, parameters), (module._buffers, buffers)):
-                own.clear()
-                own.update(before)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
         with torch.no_grad():
             for (tensor, value, _), gradient in zip(kept, gradients, strict=True):
                 tensor.copy_(value)

@@ -119,15 +119,13 @@ class Replaying(Part):
         parts = [self, self.state, self.control, self.accelerator, args, population, self.callback_handler]
         parts += [*self.callback_handler.callbacks, self.accelerator.gradient_state]
         if keep_optimizer:
-            parts += [self.optimizer, getattr(self.optimizer, "optimizer", self.optimizer), self.lr_scheduler]
+            parts += [self.optimizer, getattr(self.optimizer, "optimizer", self.optimizer), vars(self)["lr_scheduler"]]
         stateful = [self.optimizer] if keep_optimizer else []
         if self.accelerator.scaler is not None:
             stateful.append(self.accelerator.scaler)
         states = [(each, copy.deepcopy(each.state_dict())) for each in stateful]
         seen: dict[int, dict[str, Any]] = {id(vars(part)): vars(part) for part in parts if hasattr(part, "__dict__")}
-        elsewhere = Path(
-            population.broadcast(str(Path(tempfile.gettempdir()) / f"hf-wash-replay-{uuid.uuid4().hex}"))
-        )
+        elsewhere = Path(population.broadcast(str(Path(tempfile.gettempdir()) / f"hf-wash-replay-{uuid.uuid4().hex}")))
         data = (self.train_dataset, self.eval_dataset)
         leads = args.should_save
         try:
@@ -145,11 +143,12 @@ class Replaying(Part):
                 args.push_members = False
                 self.callback_handler.callbacks = replays.taking_part(self.callback_handler.callbacks)
                 if not keep_optimizer:
-                    self.optimizer = self.lr_scheduler = None
+                    vars(self).update(optimizer=None, lr_scheduler=None)
                 self.soup, self._trainings, self._resume = ServedSoup(), 0, None
-                self._mixing = self._member_log = self._line = None
+                self._mixing = self._member_log = None
                 self._become(population.members[0], self.members[0])
-                self.data_collator = dry_run.copy_of_collator(self.data_collator, population.members[0])
+                own_collator: Any = vars(self)["data_collator"]
+                vars(self)["data_collator"] = dry_run.copy_of_collator(own_collator, population.members[0])
                 self._overrides = [
                     replace(own, data_collator=dry_run.copy_of_collator(own.data_collator, population.members[0]))
                     for own in self._overrides
@@ -221,9 +220,7 @@ class Replaying(Part):
                 if replay["weights_only"]:
                     training = streams = None
                 place = folder / f"member_{index}"
-                found.append(
-                    (index, replays.compare_member(place, weights, training, streams, population.streams))
-                )
+                found.append((index, replays.compare_member(place, weights, training, streams, population.streams)))
             if self.args.should_save:
                 saved = Path(self.args.output_dir) / "soup"
                 self._save(str(saved))

@@ -2,20 +2,15 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from altered_checkpoints import change, damage, fingerprint, flip_moment, flip_stream, flip_weight
+from replay_run import RUN
+from small_population import outcome, population
 
 
 pytestmark = pytest.mark.distributed
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "trainer"))
-
-from replay_run import RUN
-from small_population import outcome, population
-from test_replay import change, damage, fingerprint, flip_moment, flip_stream, flip_weight
-
 
 SCRIPT = Path(__file__).parent / "replay_run.py"
 

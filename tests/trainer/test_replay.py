@@ -1,12 +1,11 @@
 """`trainer.verify_checkpoint()`: a checkpoint is what its run makes, or the first bit that is not is named."""
 
-import hashlib
 import json
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from altered_checkpoints import change, damage, fingerprint, flip_moment, flip_stream, flip_weight, other_rate
 from small_population import TRAIN, Digits, DigitStream, digest, outcome, population, resnet, started, vit
 from torch import nn
 from transformers import TrainerCallback
@@ -36,27 +35,6 @@ def copied(run_folder, tmp_path):
     return tmp_path / "copy"
 
 
-def fingerprint(folder):
-    return {
-        path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-def change(checkpoint, name, edit):
-    """Change a file of a checkpoint as somebody would who makes the manifest say so."""
-    edit(checkpoint / name)
-    path = checkpoint / "population.json"
-    content = json.loads(path.read_text())
-    content["files"][name] = manifest.file_record(checkpoint / name)
-    path.write_text(json.dumps(manifest.seal(content)))
-
-
-def flip_bit(tensor, at):
-    tensor.view(-1).view(torch.uint8)[at] ^= 1
-
-
 # Identical
 
 
@@ -77,7 +55,13 @@ def test_it_is_identical_and_nothing_has_changed(run_folder, tmp_path, step):
 
 SETTINGS = {
     "BatchNorm": {"make": resnet},
-    "epochs": {"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch", "trainer": {"train_dataset": Digits(0, 50, noisy=True)}},
+    "epochs": {
+        "save_strategy": "epoch",
+        "max_steps": -1,
+        "num_train_epochs": 2,
+        "eval_strategy": "epoch",
+        "trainer": {"train_dataset": Digits(0, 50, noisy=True)},
+    },
     "best": {"eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "accuracy"},
     "plateau": {"eval_steps": 2, "lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss"},
     "optimizer state": {"shuffle_optimizer_state": True},
@@ -128,7 +112,7 @@ def test_after_training_the_trainer_stays_as_it_is(run_folder, tmp_path):
     trainer.train()
     other.train()
     assert outcome(trainer) == outcome(other)
-    with pytest.raises(ValueError, match="no complete checkpoint before .* make the trainer anew"):
+    with pytest.raises(ValueError, match=r"no complete checkpoint before .* make the trainer anew"):
         trainer.verify_checkpoint(run_folder / "checkpoint-2")
 
 
@@ -185,31 +169,6 @@ def test_nothing_is_reported_or_printed(run_folder, tmp_path, capsys):
 
 
 # Different
-
-
-def flip_weight(path):
-    tensors = load_file(path)
-    flip_bit(tensors["vit.layernorm.weight"], 5)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def flip_moment(path):
-    training = torch.load(path, weights_only=True)
-    flip_bit(training["state"]["classifier.bias"]["exp_avg_sq"], 8)
-    torch.save(training, path)
-
-
-def other_rate(path):
-    training = torch.load(path, weights_only=True)
-    training["scheduler"]["_last_lr"][0] *= 1.5
-    torch.save(training, path)
-
-
-def flip_stream(path):
-    streams = json.loads(path.read_text())
-    words = streams["dict"]["streams"]["dict"]["python"]["tuple"][1]["tuple"]
-    words[7] ^= 1
-    path.write_text(json.dumps(streams))
 
 
 FLIPS = {
@@ -313,12 +272,6 @@ def test_another_run_is_refused_with_the_difference(run_folder, tmp_path, settin
     assert untouched(trainer, run_folder) == before
 
 
-def damage(path):
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(bytes(raw))
-
-
 def test_what_is_no_checkpoint_is_refused_in_a_sentence(copied, tmp_path):
     trainer = saving(tmp_path / "other")
     for folder, said in (
@@ -328,7 +281,7 @@ def test_what_is_no_checkpoint_is_refused_in_a_sentence(copied, tmp_path):
         with pytest.raises(ValueError, match=said):
             trainer.verify_checkpoint(folder)
     damage(copied / "checkpoint-6" / "member_1" / "optimizer.pt")
-    with pytest.raises(ValueError, match="Cannot replay: .*optimizer.pt. is not what was written"):
+    with pytest.raises(ValueError, match=r"Cannot replay: .*optimizer\.pt. is not what was written"):
         trainer.verify_checkpoint(copied / "checkpoint-6")
 
 
@@ -368,7 +321,10 @@ def test_an_error_of_the_data_comes_through_and_all_is_put_back(run_folder, tmp_
                 raise OSError("the disk is gone")
             return super().__getitem__(index)
 
-    trainer, plain = saving(tmp_path / "a", trainer={"train_dataset": Gone(0, 330, noisy=True)}), saving(tmp_path / "b")
+    trainer, plain = (
+        saving(tmp_path / "a", trainer={"train_dataset": Gone(0, 330, noisy=True)}),
+        saving(tmp_path / "b"),
+    )
     with pytest.raises(OSError, match="the disk is gone"):
         trainer.verify_checkpoint(run_folder / "checkpoint-4")
     trainer.train_dataset = TRAIN

@@ -2,6 +2,7 @@
 
 import atexit
 import operator
+import os
 import queue
 import threading
 import weakref
@@ -44,10 +45,17 @@ class Promise:
 def keep_promises(tasks: queue.SimpleQueue) -> None:
     """What the thread does: keep one promise after the other, until it is given `None`."""
     while (promise := tasks.get()) is not None:
-        promise.keep()
+        with _AT_WORK:
+            promise.keep()
         # Else it would be held, and all that it refers to, until the next one comes.
         del promise
 
+
+# Held by the thread that is at work, and by who forks: a process that is forked off in the middle of it would find what
+# locks torch, NumPy or Python's imports held then locked for ever. (A loader's workers are forked while members train.)
+_AT_WORK = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_AT_WORK.acquire, after_in_parent=_AT_WORK.release, after_in_child=_AT_WORK.release)
 
 _THREADS: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue] = weakref.WeakKeyDictionary()
 

@@ -96,6 +96,32 @@ def test_a_forked_process_draws_its_own_plans():
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_is_not_forked_in_the_middle_of_a_drawing(monkeypatch):
+    mixer = WashMixer(linears(2, 30, 30), probability=0.5)
+    lock, drawing = threading.Lock(), threading.Event()  # as those inside of libraries, which nobody resets
+    original = wash_module.Planner.draw
+
+    def draw(self, step):
+        if threading.current_thread() is threading.main_thread():
+            return original(self, step)
+        with lock:
+            drawing.set()
+            time.sleep(0.5)
+            return original(self, step)
+
+    monkeypatch.setattr(wash_module.Planner, "draw", draw)
+    mixer.mix(1)
+    assert drawing.wait(20)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if lock.acquire(timeout=5) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    mixer.mix(2)
+
+
 def test_a_mixer_that_is_dropped_leaves_no_thread_and_no_member_behind():
     members = linears(2, 30, 30)
     mixer = WashMixer(members, probability=0.5)

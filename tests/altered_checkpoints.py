@@ -59,3 +59,13 @@ def damage(path):
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(bytes(raw))
+
+
+def flip_outer_momentum(path):
+    state = torch.load(path, weights_only=True)
+    held = [state]
+    while not isinstance(held[-1], torch.Tensor):
+        inner = held[-1].values() if isinstance(held[-1], dict) else held[-1]
+        held.append(next(value for value in inner if isinstance(value, (torch.Tensor, dict, list, tuple))))
+    flip_bit(held[-1], 0)
+    torch.save(state, path)

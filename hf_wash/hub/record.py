@@ -35,6 +35,8 @@ _RECORD = {
         "method": str,
         "shuffle_schedule": str,
         **dict.fromkeys(("shuffle_probability", "shuffle_interval", "shuffle_start", "shuffle_stop"), _NUMBER),
+        **dict.fromkeys(("average_interval", "average_first", "average_last", "average_epoch"), int),
+        "average_rate": _NUMBER,
     },
     "exchange": {"bytes_exchanged": int, "values_moved": int},
     "soup": {"method": str, "batch_norm": str, "ingredients": [str], "chosen": [int], "scores": [_NUMBER]},

@@ -197,10 +197,13 @@ class Checking(Part):
         whole, first = population.wholes[0], found[0]
         trained = [p for p in whole.parameters() if p.requires_grad]
         probability = args.probability_for(first.steps)
-        values, exchanged = dry_run.expected_exchange(args, whole, population.size, first.steps, first.state[1:])
+        values, exchanged = dry_run.expected_exchange(
+            args, whole, population.size, first.steps, first.steps_per_epoch, first.state[1:]
+        )
         written, kept = dry_run.count_checkpoints(args, first.steps, first.steps_per_epoch)
         saved_bytes, saved = first.saved or (0, "")
         state_bytes = 0 if args.save_only_model else first.state[0]
+        mixer_bytes = 0 if args.save_only_model else dry_run.mixer_bytes(args, whole, population.size)
         shared = size_of(p for p in whole.parameters() if not p.requires_grad) if args.same_init else 0
         member_bytes = size_of([*whole.parameters(), *whole.buffers()]) - shared + state_bytes
         if not args.save_only_model:
@@ -226,9 +229,10 @@ class Checking(Part):
             expected_shuffles=args.expected_shuffles(first.steps),
             values_moved=values,
             bytes_exchanged=exchanged,
-            checkpoint_bytes=saved_bytes + shared + here * member_bytes,
+            checkpoint_bytes=saved_bytes + shared + here * member_bytes + mixer_bytes,
             checkpoints_written=written,
             checkpoints_kept=kept,
+            mixing=args.mixing,
             disk_free=min(tried.free for tried in found if tried.free is not None),
             output_dir=str(args.output_dir),
         )

@@ -173,6 +173,8 @@ class Checkpointing(Part):
         def write_soup(staging: Path) -> dict[str, torch.Tensor]:
             self._save(str(staging))
             self._state_with_callbacks().save_to_json(str(staging / "trainer_state.json"))
+            if not self.args.save_only_model:
+                checkpoints.write_mixer(staging, self.mixing.mixer_state())
             return self._shared_frozen(self.population.wholes[0])
 
         checkpoints.write(

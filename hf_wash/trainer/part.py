@@ -10,13 +10,12 @@ from torch import nn
 from transformers import Trainer
 
 from ..config import WashConfig
-from ..mixing import WashMixer
 from ..population import MemberOverrides, Population
 from ..soup import GreedySoupRecord
 from .data import MemberBatches
 from .log import MemberLog
 from .member import Member
-from .mixing_run import MixingRun
+from .mixing_run import Mixer, MixingRun
 from .served_soup import ServedSoup
 
 
@@ -40,6 +39,7 @@ class Part(Trainer):
     _run: str | None = None
     _trainings: int
     _total_steps: int
+    _steps_per_epoch: int
 
     @property
     def mixing(self) -> MixingRun:
@@ -51,8 +51,8 @@ class Part(Trainer):
         self._mixing = run
 
     @property
-    def mixer(self) -> WashMixer | None:
-        """The run's [`WashMixer`]; `None` before training and for one member."""
+    def mixer(self) -> Mixer | None:
+        """The run's mixer, a [`WashMixer`] unless `mixing` says otherwise; `None` before training and for one member."""
         return self._mixing.mixer if self._mixing is not None else None
 
     @property

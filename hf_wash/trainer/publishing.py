@@ -151,6 +151,7 @@ class Publishing(Part):
             greedy=self.greedy_record,
             left_out=sorted(self.soup.left_out),
             probability=self.mixing.probability if self._mixing is not None else self.args.shuffle_probability,
+            times=self.mixing.times if self._mixing is not None else None,
             ask_hub=ask_hub,
             batch_size=self.get_total_train_batch_size(self.args),
             datasets=(self.train_dataset, self.eval_dataset),
@@ -290,4 +291,9 @@ class Publishing(Part):
     @staticmethod
     def _is_for_resuming(name: str) -> bool:
         """Whether a file of a checkpoint serves to resume from it, not to use its model."""
-        return name.startswith("member_") or name in (checkpoints.MANIFEST, checkpoints.FROZEN, "trainer_state.json")
+        return name.startswith("member_") or name in (
+            checkpoints.MANIFEST,
+            checkpoints.FROZEN,
+            checkpoints.MIXER,
+            "trainer_state.json",
+        )

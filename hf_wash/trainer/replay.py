@@ -364,6 +364,12 @@ def compare_soup(folder: Path, saved: Path, shared: Mapping[str, torch.Tensor]) 
     return None
 
 
+def compare_mixer(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any]) -> Found | None:
+    """What the method of exchange keeps beside the members, in the checkpoint and in the replay."""
+    found = first_difference(theirs or {}, ours)
+    return ("state of the exchange", *found) if found is not None else None
+
+
 def compare_counts(manifest: Mapping[str, Any], ours: Mapping[str, Any]) -> Found | None:
     """How far the run was, by its manifest and by the replay's."""
     found = first_difference({name: manifest[name] for name in _COUNTS}, {name: ours[name] for name in _COUNTS})

@@ -140,7 +140,8 @@ class Replaying(Part):
             ):
                 args.output_dir = str(elsewhere)
                 args.save_strategy, args.push_to_hub, args.enable_jit_checkpoint = SaveStrategy.NO, False, False
-                args.push_members = False
+                # A checkpoint of weights alone is found to be one whatever this trainer would write.
+                args.push_members = args.save_only_model = False
                 self.callback_handler.callbacks = replays.taking_part(self.callback_handler.callbacks)
                 if not keep_optimizer:
                     vars(self).update(optimizer=None, lr_scheduler=None)
@@ -226,6 +227,9 @@ class Replaying(Part):
                 self._save(str(saved))
                 shared = self._shared_frozen(population.wholes[0])
                 found.append((None, replays.compare_soup(folder, saved, shared)))
+                if not replay["weights_only"]:
+                    theirs = checkpoints.read_mixer(folder)
+                    found.append((None, replays.compare_mixer(theirs, self.mixing.mixer_state())))
                 found.append((None, replays.compare_counts(manifest, own)))
             return found
 

@@ -5,7 +5,16 @@ import shutil
 
 import pytest
 import torch
-from altered_checkpoints import change, damage, fingerprint, flip_moment, flip_stream, flip_weight, other_rate
+from altered_checkpoints import (
+    change,
+    damage,
+    fingerprint,
+    flip_moment,
+    flip_outer_momentum,
+    flip_stream,
+    flip_weight,
+    other_rate,
+)
 from small_population import TRAIN, Digits, DigitStream, digest, outcome, population, resnet, started, vit
 from torch import nn
 from transformers import TrainerCallback
@@ -69,6 +78,8 @@ SETTINGS = {
     "model_init": {"init": True, "same_init": False},
     "a stream": {"trainer": {"train_dataset": DigitStream(330)}},
     "one member": {"size": 1},
+    "DiLoCo": {"mixing": "diloco", "average_interval": 2, "shuffle_probability": None},
+    "PAPA": {"mixing": "papa", "average_interval": 2, "shuffle_probability": None},
     "members of their own": {
         "trainer": {"members": [MemberOverrides(learning_rate=1e-2), MemberOverrides(label_smoothing_factor=0.1)]}
     },
@@ -201,6 +212,16 @@ def test_one_flipped_bit_is_named(copied, tmp_path, what):
     # Of the checkpoint after it, it is the beginning: that one is found to be another, too.
     if what not in ("the soup", "a rate"):  # which is computed from the step
         assert not saving(tmp_path / "other").verify_checkpoint(copied / "checkpoint-6").identical
+
+
+def test_a_flipped_bit_of_what_the_exchange_keeps_is_named(tmp_path):
+    diloco = {"mixing": "diloco", "average_interval": 2, "shuffle_probability": None}
+    saving(tmp_path / "run", **diloco).train()
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    change(checkpoint, "mixer.pt", flip_outer_momentum)
+    found = saving(tmp_path / "other", **diloco).verify_checkpoint(checkpoint).difference
+    assert (found.step, found.member, found.part) == (4, None, "state of the exchange")
+    assert found.how.startswith("1 of ")
 
 
 def test_the_first_member_that_differs_is_named(copied, tmp_path):

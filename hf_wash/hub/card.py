@@ -403,6 +403,12 @@ class WashCard:
         ]
         return [(name, wording.cell(str(value))) for name, value in rows if value]
 
+    def replayed_names(self) -> str:
+        """The run's checkpoints, the newest first; the first of many."""
+        names = [wording.cell(name) for name in self.record["replay"]["checkpoints"] if name]
+        more = len(names) - _MAX_COLUMNS
+        return ", ".join(names[:_MAX_COLUMNS]) + (f" and {more} more" if more > 0 else "")
+
     def exchange(self) -> list[list[str]]:
         """Bytes sent in the whole run: by this one, and by DDP and PAPA had they trained the same."""
         exchanged = self.record.get("exchange", {}).get("bytes_exchanged")

@@ -50,6 +50,7 @@ _RECORD = {
     "data": {"train_samples": int, "eval_samples": int},
     "hardware": {"text": str},
     "versions": {},
+    "replay": {"command": str, "checkpoints": [str]},
     "card": {
         **dict.fromkeys(("model_name", "license"), str),
         **dict.fromkeys(("language", "tags", "finetuned_from", "tasks", "dataset", "dataset_tags"), _NAMES),

@@ -177,22 +177,23 @@ class Checkpointing(Part):
                 checkpoints.write_mixer(staging, self.mixing.mixer_state())
             return self._shared_frozen(self.population.wholes[0])
 
-        def member_part(slot: int, index: int) -> tuple:
-            whole = self.population.wholes[slot]
-            weights = checkpoints.own_tensors(whole, self._shared_frozen(whole))
-            if self.args.save_only_model:
-                return weights, None, None
-            return weights, *self._training_state(slot, index, whole)
-
         checkpoints.write(
             self.population,
             folder,
             node=self._node(),
             leads=self.args.should_save,
             write_soup=write_soup,
-            member_part=member_part,
+            member_part=self._member_part,
             describe=self._manifest,
         )
+
+    def _member_part(self, slot: int, index: int) -> tuple:
+        """What is a member's own: its tensors and, to resume from, its part of the training's state and its streams."""
+        whole = self.population.wholes[slot]
+        weights = checkpoints.own_tensors(whole, self._shared_frozen(whole))
+        if self.args.save_only_model:
+            return weights, None, None
+        return weights, *self._training_state(slot, index, whole)
 
     def _shared_frozen(self, whole: nn.Module) -> dict[str, torch.Tensor]:
         """What all members share, written once: the frozen parameters, where all members started alike."""
@@ -239,6 +240,7 @@ class Checkpointing(Part):
             "bytes_exchanged": moved["bytes_exchanged"],
             "log_window": {"since": self._globalstep_last_logged, "moved": moved["moved"]},
             "architecture": describe_architecture(self.population.wholes[0]),
+            "made_with": options.made_with(args.device),
         }
 
     # ---- Resume ----------------------------------------------------------------------------------------------------
@@ -297,6 +299,8 @@ class Checkpointing(Part):
             raise ValueError(
                 f"Cannot resume: `{folder}` was written with `lr_scheduler_type={before!r}`, whose state `{now}` cannot take."
             )
+        if self._replay is not None:
+            return  # it says so itself, of the checkpoint that it makes
         effective, without = options.compare(manifest, self.args, self._overrides)
         if (effective or without) and self.population.rank == 0:
             told = [f"Taking effect from here on: {'; '.join(effective)}."] if effective else []

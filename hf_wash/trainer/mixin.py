@@ -41,6 +41,7 @@ from .log import MemberLog
 from .member import LocalMembers, as_member
 from .populating import Populating
 from .publishing import Publishing
+from .replaying import Replaying
 from .requests import Requests
 from .served_soup import NonFiniteMemberError, ServedSoup, not_finite, what_becomes_of
 from .serving import Serving
@@ -61,7 +62,9 @@ def _end_process_group_at_exit() -> None:
     atexit.register(end)
 
 
-class PopulationMixin(Checking, Populating, Agreeing, Exchanging, Serving, Evaluating, Checkpointing, Publishing):
+class PopulationMixin(
+    Checking, Replaying, Populating, Agreeing, Exchanging, Serving, Evaluating, Checkpointing, Publishing
+):
     """
     Makes a population of any [`~transformers.Trainer`]: put it in front of the Trainer, and [`PopulationArguments`] in
     front of its arguments.

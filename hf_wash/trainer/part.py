@@ -33,6 +33,8 @@ class Part(Trainer):
     _mixing: MixingRun | None
     _member_log: MemberLog | None
     _resume: dict[str, Any] | None
+    # A part of a run that is done once more: the checkpoint it is to make, and what was found.
+    _replay: dict[str, Any] | None = None
     # The identity of the run: made when it begins, kept when it goes on.
     _run: str | None = None
     _trainings: int

@@ -205,7 +205,7 @@ def draw_layers(
     """
     if not names or not steps:
         return None
-    what = "root mean square distance of a weight from the mean"
+    what = "root mean square distance of a weight\nfrom the members' mean"
     ticks = sorted({round(i * (len(names) - 1) / 7) for i in range(8)}) if len(names) > 8 else list(range(len(names)))
     labels = [_short(names[tick]) for tick in ticks]
     if len(steps) < 2:
@@ -266,7 +266,7 @@ def draw_bytes(look: Look, amounts: Mapping[str, float], steps: int) -> "Figure 
     axes.set_xscale("log")
     low, high = min(shown.values()), max(shown.values())
     # Room for the words behind the longest bar.
-    axes.set_xlim(low / 5, high * (high / low * 5) ** 0.6)
+    axes.set_xlim(low / 5, high * (high / low * 5) ** 0.45)
     axes.set_yticks(range(len(shown)), list(shown))
     axes.invert_yaxis()
     _finish(axes, look, "bytes sent in the whole run, all members together (log scale)", "", grid="x")

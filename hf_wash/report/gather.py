@@ -65,7 +65,7 @@ class Run:
     def method(self) -> str:
         """What its exchange is called."""
         method = self.record.get("mixing", {}).get("method")
-        return "WASH" if method == "wash" else f"this run ({method})" if method else "this run"
+        return "WASH" if method == "wash" else "this run"
 
     def members_over_the_run(self, metric: str, scale: float = 1.0) -> list[tuple[list, list]]:
         """Steps and values of each member's metric."""

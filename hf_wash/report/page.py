@@ -252,7 +252,7 @@ def _exchange(run: Run) -> dict[str, Any] | None:
         "columns": ["", "sent per step", "sent in all", f"compared with {run.method}"],
         "rows": rows,
         "source": (
-            f"{run.method}: the values that changed owner, counted while training. The others are computed for the same "
+            f"{run.method[0].upper()}{run.method[1:]}: the values that members got from each other, counted while training. The others are computed for the same "
             f"{run.size} members, the {steps:,} steps of this run and its {model.get('trainable_parameters') or 0:,} trained "
             f"parameters ({bytes_text(model['trainable_bytes'])}): SPARTA 0.5 % of the model for each member and step, PAPA "
             "one model for each member every 10 steps, data-parallel training (DDP) one gradient for each member and step. "
@@ -280,7 +280,7 @@ def _basin(run: Run) -> str:
             "On none of the lines between members does the loss rise above the straight line between the losses of the "
             "ends: the members lie in one basin."
         )
-    compared = f", {barrier / ends:.2g} times the {ends:.3g} of its ends" if ends > 0 else ""
+    compared = f", {100 * barrier / ends:.2g} % of the {ends:.3g} of its ends" if ends > 0 else ""
     return (
         f"The highest barrier lies {between}: the loss rises {barrier:.3g} nats above the straight line between the losses "
         f"of the ends{compared}. Members whose average works have a barrier near 0; where it is high, they lie in "

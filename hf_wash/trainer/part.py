@@ -10,14 +10,13 @@ from torch import nn
 from transformers import Trainer
 
 from ..config import WashConfig
-from ..mixing import WashMixer
 from ..population import MemberOverrides, Population
 from ..report.diagnostics import PopulationDiagnostics
 from ..soup import GreedySoupRecord
 from .data import MemberBatches
 from .log import MemberLog
 from .member import Member
-from .mixing_run import MixingRun
+from .mixing_run import Mixer, MixingRun
 from .served_soup import ServedSoup
 
 
@@ -35,10 +34,13 @@ class Part(Trainer):
     _mixing: MixingRun | None
     _member_log: MemberLog | None
     _resume: dict[str, Any] | None
+    # A part of a run that is done once more: the checkpoint it is to make, and what was found.
+    _replay: dict[str, Any] | None = None
     # The identity of the run: made when it begins, kept when it goes on.
     _run: str | None = None
     _trainings: int
     _total_steps: int
+    _steps_per_epoch: int
 
     @property
     def mixing(self) -> MixingRun:
@@ -50,8 +52,8 @@ class Part(Trainer):
         self._mixing = run
 
     @property
-    def mixer(self) -> WashMixer | None:
-        """The run's [`WashMixer`]; `None` before training and for one member."""
+    def mixer(self) -> Mixer | None:
+        """The run's mixer, a [`WashMixer`] unless `mixing` says otherwise; `None` before training and for one member."""
         return self._mixing.mixer if self._mixing is not None else None
 
     @property
@@ -99,6 +101,7 @@ class Part(Trainer):
         def _serve_soup(self) -> None: ...
         @property
         def _diagnostics(self) -> list[PopulationDiagnostics]: ...
+        def save_members(self, output_dir: str | None = None) -> None: ...
 
 
 def _begun(what: Any) -> Any:

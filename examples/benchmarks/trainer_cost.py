@@ -201,7 +201,9 @@ def mixing_share(steps: int, batch: int) -> None:
     """One of two processes of a ViT-S/16 population; process 0 prints the seconds of a step, of mixing and waiting."""
     model = vit(224, 384, 12, 16)
     with tempfile.TemporaryDirectory() as folder:
-        args = WashConfig(**arguments(folder, steps, batch), population_size=2, shuffle_probability=0.001, report=False)
+        args = WashConfig(
+            **arguments(folder, steps, batch), population_size=2, shuffle_probability=0.001, report=False
+        )
         trainer = WashTrainer(model, args, train_dataset=Noise(batch * steps, 224))
         began = time.perf_counter()
         trainer.train()
@@ -239,7 +241,10 @@ def measure_diagnostics(members: int) -> dict:
     """The part of training that `PopulationDiagnostics` takes at its default interval, and what a report takes after it."""
     found = {}
     # A run has at most 50 measurements, or one at each step; of a run of 500 steps one in ten steps has one.
-    for name, shape, steps, batch in (("ViT of 96 × 4", (32, 96, 4, 4), 200, 32), ("ViT-S/16", (224, 384, 12, 16), 4, 4)):
+    for name, shape, steps, batch in (
+        ("ViT of 96 × 4", (32, 96, 4, 4), 200, 32),
+        ("ViT-S/16", (224, 384, 12, 16), 4, 4),
+    ):
         with tempfile.TemporaryDirectory() as folder:
             diagnostics = _TimedDiagnostics()
             args = WashConfig(
@@ -287,7 +292,9 @@ def main() -> None:
             results["diagnostics"] = measure_diagnostics(members=4)
         print(json.dumps({"threads": torch.get_num_threads(), **results}, indent=1))
     else:
-        parser.error(f"what to measure must be all, overhead, memory, mixing, saving or diagnostics, found {chosen.what!r}")
+        parser.error(
+            f"what to measure must be all, overhead, memory, mixing, saving or diagnostics, found {chosen.what!r}"
+        )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 from ..files import is_file
 from ..hub.record import LOCAL_MEMBERS, is_number, last_evaluation, read_json, read_log, read_record
 from ..hub.traffic import others_send
+from ..methods import METHODS
 
 
 PLACE = "report"
@@ -64,8 +65,8 @@ class Run:
     @property
     def method(self) -> str:
         """What its exchange is called."""
-        method = self.record.get("mixing", {}).get("method")
-        return "WASH" if method == "wash" else "this run"
+        known = METHODS.get(self.record.get("mixing", {}).get("method") or "")
+        return known.title if known is not None and known.title and known is not METHODS["independent"] else "this run"
 
     def members_over_the_run(self, metric: str, scale: float = 1.0) -> list[tuple[list, list]]:
         """Steps and values of each member's metric."""
@@ -80,7 +81,8 @@ class Run:
         model_bytes = self.record.get("model", {}).get("trainable_bytes")
         if exchanged is None or not model_bytes or not self.steps or (self.size or 1) < 2:
             return {}
-        return {self.method: exchanged, **others_send(self.size or 1, self.steps, model_bytes)}
+        others = others_send(self.size or 1, self.steps, model_bytes)
+        return {self.method: exchanged, **{name: amount for name, amount in others.items() if name != self.method}}
 
 
 def points(log: Sequence[Mapping[str, Any]], key: str, scale: float = 1.0) -> tuple[list, list]:

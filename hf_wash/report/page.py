@@ -179,7 +179,7 @@ def _lead(run: Run) -> str:
     size = run.size
     method = run.record.get("mixing", {}).get("method")
     what = {"wash": "shuffled a few of their weights (WASH)", "independent": "exchanged nothing"}.get(
-        method or "", f"exchanged weights ({method})" if method else "were trained"
+        method or "", f"exchanged weights ({run.method})" if method else "were trained"
     )
     members = f"{size} members" if size and size > 1 else "A model" if size else "Members"
     steps = f" over {run.steps:,} optimizer steps" if run.steps else ""

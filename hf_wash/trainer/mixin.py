@@ -41,11 +41,8 @@ from .log import MemberLog
 from .member import LocalMembers, as_member
 from .populating import Populating
 from .publishing import Publishing
-<<<<<<< HEAD
-from .reporting import Reporting
-=======
 from .replaying import Replaying
->>>>>>> main
+from .reporting import Reporting
 from .requests import Requests
 from .served_soup import NonFiniteMemberError, ServedSoup, not_finite, what_becomes_of
 from .serving import Serving
@@ -66,13 +63,9 @@ def _end_process_group_at_exit() -> None:
     atexit.register(end)
 
 
-<<<<<<< HEAD
-class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Checkpointing, Reporting, Publishing):
-=======
 class PopulationMixin(
-    Checking, Replaying, Populating, Agreeing, Exchanging, Serving, Evaluating, Checkpointing, Publishing
+    Checking, Replaying, Populating, Agreeing, Exchanging, Serving, Evaluating, Checkpointing, Reporting, Publishing
 ):
->>>>>>> main
     """
     Makes a population of any [`~transformers.Trainer`]: put it in front of the Trainer, and [`PopulationArguments`] in
     front of its arguments.

@@ -119,11 +119,23 @@ class TrainVitConfig(WashConfig):
             "the untrained model and loading it back, disk space for the checkpoints. Nothing is trained or uploaded."
         },
     )
+    verify_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint of a run with the same flags: train once more from the checkpoint before it, or from the "
+            "beginning, compare all weights, optimizer states and random streams bit by bit, and stop. Says `identical` "
+            "(exit code 0) or what differs first (exit code 1). Nothing is saved or uploaded."
+        },
+    )
 
     def __post_init__(self):
         if self.dry_run and self.resume_from_checkpoint:
             raise ValueError("--dry_run tries out a run from its beginning; leave --resume_from_checkpoint out.")
-        if self.dry_run:
+        if self.verify_checkpoint and (self.dry_run or self.resume_from_checkpoint):
+            raise ValueError(
+                "--verify_checkpoint trains nothing new; leave --dry_run and --resume_from_checkpoint out."
+            )
+        if self.dry_run or self.verify_checkpoint:
             # Pushing would make a repository before anything is tried.
             self.push_to_hub = False
         super().__post_init__()
@@ -308,7 +320,7 @@ def make_parser(groups: list[type], text: str) -> HfArgumentParser:
     population = parser.add_argument_group("population (what WashConfig adds to TrainingArguments)")
     own, of_training = [], []
     for action in training._group_actions:
-        if action.dest == "dry_run":
+        if action.dest in ("dry_run", "verify_checkpoint"):
             parser._optionals._group_actions.append(action)
         else:
             (of_training if action.dest in inherited else own).append(action)
@@ -345,6 +357,7 @@ def prepare(arguments: list[str] | None = None) -> tuple[WashTrainer, ImageData,
         compute_metrics=compute_classification_metrics,
         processing_class=recipe.processor,
     )
+    trainer.replay_command = ["examples/train_vit.py", *(arguments if arguments is not None else sys.argv[1:])]
     return trainer, data, recipe
 
 
@@ -363,6 +376,15 @@ def try_out(trainer: WashTrainer) -> None:
     trainer.accelerator.end_training()
 
 
+def verify(trainer: WashTrainer) -> NoReturn:
+    """What `--verify_checkpoint` does in the place of training: ends with 0 if the checkpoint is the run's, else with 1."""
+    replay = trainer.verify_checkpoint(trainer.args.verify_checkpoint)
+    if trainer.is_world_process_zero():
+        print(f"\n{replay}")
+    trainer.accelerator.end_training()
+    sys.exit(0 if replay.identical else 1)
+
+
 def main() -> None:
     try:
         trainer, data, recipe = prepare()
@@ -370,6 +392,8 @@ def main() -> None:
         if config.dry_run:
             try_out(trainer)
             return
+        if config.verify_checkpoint:
+            verify(trainer)
     except ValueError as error:
         refuse(error)
 

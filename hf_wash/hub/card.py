@@ -165,7 +165,7 @@ class WashCard:
             if not any(key.startswith("eval_") for key in metrics):
                 metrics = last_evaluation(log_history)
         if members is None:
-            members = any((folder / place / "member_0").is_dir() for place in (LOCAL_MEMBERS, PUSHED_MEMBERS))
+            members = any(any((folder / place).glob("member_*/")) for place in (LOCAL_MEMBERS, PUSHED_MEMBERS))
         options = record.get("card", {})
         name = options.get("model_name") or (repo_id.split("/")[-1] if repo_id else folder.resolve().name)
         card = cls(
@@ -402,6 +402,12 @@ class WashCard:
             ("versions", ", ".join(f"{name} {v}" for name, v in self.record.get("versions", {}).items())),
         ]
         return [(name, wording.cell(str(value))) for name, value in rows if value]
+
+    def replayed_names(self) -> str:
+        """The run's checkpoints, the newest first; the first of many."""
+        names = [wording.cell(name) for name in self.record["replay"]["checkpoints"] if name]
+        more = len(names) - _MAX_COLUMNS
+        return ", ".join(names[:_MAX_COLUMNS]) + (f" and {more} more" if more > 0 else "")
 
     def exchange(self) -> list[list[str]]:
         """Bytes sent in the whole run: by this one, and by DDP and PAPA had they trained the same."""

@@ -53,6 +53,7 @@ def describe_run(
     batch_size: int,
     datasets: tuple[Any, Any],
     card: Mapping[str, Any],
+    replay: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     Puts together what is to be known about a run. No process waits for another.
@@ -84,6 +85,8 @@ def describe_run(
             The data sets for training and evaluation, or `None`.
         card (`Mapping[str, Any]`):
             What was given for the model card.
+        replay (`Mapping[str, Any]`, *optional*):
+            How a checkpoint of the run is verified, where it has kept one and its script is known.
 
     Returns:
         `dict[str, Any]`: The content of `wash_run.json`.
@@ -133,6 +136,7 @@ def describe_run(
             **{name: importlib.metadata.version(name) for name in libraries},
         },
         "card": {**card, **_origin(model, datasets, card, ask_hub)},
+        **({"replay": dict(replay)} if replay else {}),
     }
 
 

@@ -33,6 +33,8 @@ class Part(Trainer):
     _mixing: MixingRun | None
     _member_log: MemberLog | None
     _resume: dict[str, Any] | None
+    # A part of a run that is done once more: the checkpoint it is to make, and what was found.
+    _replay: dict[str, Any] | None = None
     # The identity of the run: made when it begins, kept when it goes on.
     _run: str | None = None
     _trainings: int
@@ -96,6 +98,7 @@ class Part(Trainer):
         def _become(self, model: nn.Module, member: Member | None = None) -> None: ...
         def _as_soup(self) -> contextlib.AbstractContextManager[None]: ...
         def _serve_soup(self) -> None: ...
+        def save_members(self, output_dir: str | None = None) -> None: ...
 
 
 def _begun(what: Any) -> Any:

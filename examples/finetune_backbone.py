@@ -14,6 +14,7 @@ their weights as they learn the task, and their average, the soup, is the model 
 
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ from train_vit import (
     results_table,
     small_vit_recipe,
     try_out,
+    verify,
 )
 from transformers import (
     PreTrainedModel,
@@ -461,7 +463,7 @@ def prepare(arguments: list[str] | None = None) -> tuple[FinetuneTrainer, ImageD
         recipe = pretrained_recipe(backbone, data.label_names, hub)
     model_init, heads = make_member(recipe, backbone_arguments)
     columns = (data.image_column, data.label_column)
-    augmentation = data_arguments.augmentation or ("shift" if data.name.startswith(DIGITS) else "crop")
+    augmentation = data_arguments.augmentation or data.augmentation
     trainer = FinetuneTrainer(
         model_init=model_init,
         args=config,
@@ -473,6 +475,10 @@ def prepare(arguments: list[str] | None = None) -> tuple[FinetuneTrainer, ImageD
         layer_decay=backbone_arguments.layer_decay,
         head_only=backbone_arguments.head_only,
     )
+    trainer.replay_command = [
+        "examples/finetune_backbone.py",
+        *(arguments if arguments is not None else sys.argv[1:]),
+    ]
     return trainer, data, recipe, backbone_arguments
 
 
@@ -498,6 +504,8 @@ def main() -> None:
         if config.dry_run:
             try_out(trainer)
             return
+        if config.verify_checkpoint:
+            verify(trainer)
     except ValueError as error:
         refuse(error)
     adapter = backbone_arguments.lora_rank is not None

@@ -97,11 +97,23 @@ class WashSFTConfig(PopulationArguments, SFTConfig):
             "untrained model and loading it back, disk space for the checkpoints. Nothing is trained or uploaded."
         },
     )
+    verify_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint of a run with the same flags: train once more from the checkpoint before it, or from the "
+            "beginning, compare all weights, optimizer states and random streams bit by bit, and stop. Says `identical` "
+            "(exit code 0) or what differs first (exit code 1). Nothing is saved or uploaded."
+        },
+    )
 
     def __post_init__(self):
         if self.dry_run and self.resume_from_checkpoint:
             raise ValueError("--dry_run tries out a run from its beginning; leave --resume_from_checkpoint out.")
-        if self.dry_run:
+        if self.verify_checkpoint and (self.dry_run or self.resume_from_checkpoint):
+            raise ValueError(
+                "--verify_checkpoint trains nothing new; leave --dry_run and --resume_from_checkpoint out."
+            )
+        if self.dry_run or self.verify_checkpoint:
             # Pushing would make a repository before anything is tried.
             self.push_to_hub = False
         if self.bf16 is None:
@@ -366,6 +378,10 @@ def prepare(arguments: list[str] | None = None) -> tuple[WashSFTTrainer, ScriptA
         processing_class=tokenizer,
         peft_config=adapter_config(script),
     )
+    trainer.replay_command = [
+        "examples/sft_population.py",
+        *(arguments if arguments is not None else sys.argv[1:]),
+    ]
     return trainer, script
 
 
@@ -385,6 +401,12 @@ def main() -> None:
                 print(f"\n{report}\n\nNothing was trained: this was a dry run.")
             trainer.accelerator.end_training()
             return
+        if config.verify_checkpoint:
+            replay = trainer.verify_checkpoint(config.verify_checkpoint)
+            if trainer.is_world_process_zero():
+                print(f"\n{replay}")
+            trainer.accelerator.end_training()
+            sys.exit(0 if replay.identical else 1)
     except ValueError as error:
         refuse(error)
 

@@ -7,6 +7,7 @@ soup: one model, to be used like any other.
     python examples/train_vit.py --data_dir photos/                 # one folder of images for each class
     python examples/train_vit.py --data_dir photos/ --dry_run       # what is wrong, and what it will cost
     python examples/train_vit.py --dataset_name cifar10 --model_name_or_path google/vit-base-patch16-224-in21k
+    python examples/train_vit.py --dataset_name glyphs-short        # letters, digits and symbols, drawn from fonts
     python examples/train_vit.py --timm_architecture resnet18       # any timm model, from scratch
     torchrun --nproc-per-node 2 examples/train_vit.py               # two processes, a member or more in each
 
@@ -26,6 +27,7 @@ from typing import Any, NoReturn
 import datasets
 import timm
 import torch
+from glyph_data import SIDE, is_glyphs
 from image_data import DIGITS, DataArguments, EvaluationView, ImageData, TrainingView, load_data
 from transformers import (
     AutoConfig,
@@ -70,7 +72,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Side, in pixels, of the images that a model from scratch sees. By default 16 for the digits (32 "
-            "with timm), 64 for other data, and for other data with timm what the architecture was made for."
+            "with timm), 32 for glyphs, 64 for other data, and for other data with timm what the architecture was made for."
         },
     )
 
@@ -117,11 +119,23 @@ class TrainVitConfig(WashConfig):
             "the untrained model and loading it back, disk space for the checkpoints. Nothing is trained or uploaded."
         },
     )
+    verify_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint of a run with the same flags: train once more from the checkpoint before it, or from the "
+            "beginning, compare all weights, optimizer states and random streams bit by bit, and stop. Says `identical` "
+            "(exit code 0) or what differs first (exit code 1). Nothing is saved or uploaded."
+        },
+    )
 
     def __post_init__(self):
         if self.dry_run and self.resume_from_checkpoint:
             raise ValueError("--dry_run tries out a run from its beginning; leave --resume_from_checkpoint out.")
-        if self.dry_run:
+        if self.verify_checkpoint and (self.dry_run or self.resume_from_checkpoint):
+            raise ValueError(
+                "--verify_checkpoint trains nothing new; leave --dry_run and --resume_from_checkpoint out."
+            )
+        if self.dry_run or self.verify_checkpoint:
             # Pushing would make a repository before anything is tried.
             self.push_to_hub = False
         super().__post_init__()
@@ -237,13 +251,14 @@ def small_vit_recipe(label_names: list[str], image_size: int) -> Recipe:
 
 def choose_recipe(arguments: ModelArguments, data: ImageData, hub: dict[str, Any] | None = None) -> Recipe:
     """The model that the arguments name, for the labels of the data."""
-    digits = data.name == DIGITS
+    # The side of images that are small, and whole as they are.
+    small = 16 if data.name == DIGITS else SIDE if is_glyphs(data.name) else None
     if arguments.model_name_or_path:
         return pretrained_recipe(arguments.model_name_or_path, data.label_names, hub or {})
     if arguments.timm_architecture:
-        size = arguments.image_size or (32 if digits else None)
-        return timm_recipe(arguments.timm_architecture, data.label_names, size, whole_image=digits)
-    return small_vit_recipe(data.label_names, arguments.image_size or (16 if digits else 64))
+        size = arguments.image_size or (32 if small else None)
+        return timm_recipe(arguments.timm_architecture, data.label_names, size, whole_image=small is not None)
+    return small_vit_recipe(data.label_names, arguments.image_size or small or 64)
 
 
 def results_table(metrics: dict[str, float]) -> str:
@@ -305,7 +320,7 @@ def make_parser(groups: list[type], text: str) -> HfArgumentParser:
     population = parser.add_argument_group("population (what WashConfig adds to TrainingArguments)")
     own, of_training = [], []
     for action in training._group_actions:
-        if action.dest == "dry_run":
+        if action.dest in ("dry_run", "verify_checkpoint"):
             parser._optionals._group_actions.append(action)
         else:
             (of_training if action.dest in inherited else own).append(action)
@@ -333,7 +348,7 @@ def prepare(arguments: list[str] | None = None) -> tuple[WashTrainer, ImageData,
     with config.main_process_first(desc="loading the model"):
         recipe = choose_recipe(model_arguments, data, hub)
     columns = (data.image_column, data.label_column)
-    augmentation = data_arguments.augmentation or ("shift" if data.name == DIGITS else "crop")
+    augmentation = data_arguments.augmentation or data.augmentation
     trainer = WashTrainer(
         model_init=recipe.model_init,
         args=config,
@@ -342,6 +357,7 @@ def prepare(arguments: list[str] | None = None) -> tuple[WashTrainer, ImageData,
         compute_metrics=compute_classification_metrics,
         processing_class=recipe.processor,
     )
+    trainer.replay_command = ["examples/train_vit.py", *(arguments if arguments is not None else sys.argv[1:])]
     return trainer, data, recipe
 
 
@@ -360,6 +376,15 @@ def try_out(trainer: WashTrainer) -> None:
     trainer.accelerator.end_training()
 
 
+def verify(trainer: WashTrainer) -> NoReturn:
+    """What `--verify_checkpoint` does in the place of training: ends with 0 if the checkpoint is the run's, else with 1."""
+    replay = trainer.verify_checkpoint(trainer.args.verify_checkpoint)
+    if trainer.is_world_process_zero():
+        print(f"\n{replay}")
+    trainer.accelerator.end_training()
+    sys.exit(0 if replay.identical else 1)
+
+
 def main() -> None:
     try:
         trainer, data, recipe = prepare()
@@ -367,6 +392,8 @@ def main() -> None:
         if config.dry_run:
             try_out(trainer)
             return
+        if config.verify_checkpoint:
+            verify(trainer)
     except ValueError as error:
         refuse(error)
 

@@ -21,13 +21,14 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from .methods import METHODS, OPTIONS, Times, foreign_option, times_of
 from .population import failures
 from .secret_options import without_secrets
 
 
 logger = logging.get_logger(__name__)
 
-MIXINGS = ("wash", "independent")
+MIXINGS = tuple(METHODS)
 SCHEDULES = ("decreasing", "constant", "increasing")
 MEMBER_DATA = ("full", "shard")
 SOUPS = ("uniform", "greedy")
@@ -71,15 +72,25 @@ class PopulationArguments:
         member_data (`str`, *optional*, defaults to `"full"`):
             `"full"`: every member sees the whole training set, in its own order. `"shard"`: a disjoint part each.
 
-    > Parameters that control the shuffle
+    > Parameters that control the exchange
 
         mixing (`str`, *optional*, defaults to `"wash"`):
-            What the members exchange after an optimizer step: `"wash"` (shuffled weights) or `"independent"`
-            (nothing).
+            What the members exchange after an optimizer step: `"wash"` (shuffled weights), `"independent"` (nothing), or
+            what one of the peers does: `"papa"`, `"papa_all"`, `"papa_2"`, `"dart"`, `"sparta"`, `"local_sgd"`,
+            `"diloco"`. An option that the method does not take is refused. (`"independent"` takes those of the shuffle,
+            so that a run can be made again with the exchange alone switched off.)
+        average_interval (`int`, *optional*):
+            Optimizer steps between two exchanges, for the methods that average whole models. Defaults to what is
+            published: PAPA 10, counted anew in each epoch, whose first step pulls; PAPA-all and PAPA-2 after epoch 0, 5,
+            10, ...; DiLoCo 500; local SGD one epoch. DART: a tenth of the run (ours).
+        average_rate (`float`, *optional*):
+            In [0, 1]. With `"papa"` α, the part of itself that a member keeps at the full learning rate, 0.99 as published;
+            with `"diloco"` the outer learning rate, 0.7 as published.
         shuffle_probability (`float`, *optional*):
             The paper's p, the probability with which a weight of the first layer is shuffled in a step. What counts
             is p times the number of steps; below about 35 expect worse models than without exchange. Defaults to what
             gives a first-layer weight about 140 shuffles in the run, at most 0.5 ([`probability_for`] has the rule).
+            With `"sparta"`, of a weight at any depth to be averaged; 0.005 as published.
         shuffle_schedule (`str`, *optional*, defaults to `"decreasing"`):
             How the probability depends on depth: `"decreasing"` (p at the first layer, 0 at the last; the paper's),
             `"constant"` or `"increasing"`.
@@ -123,15 +134,32 @@ class PopulationArguments:
     mixing: str = field(
         default="wash",
         metadata={
-            "help": "What members exchange after an optimizer step: wash (shuffled weights) or independent (nothing).",
+            "help": "What happens to members after an optimizer step. They "
+            + "; ".join(f"{method.does} ({name})" for name, method in METHODS.items())
+            + ".",
             "choices": list(MIXINGS),
+        },
+    )
+    average_interval: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps between two averagings. Defaults to what is published: papa 10, papa_all and papa_2 "
+            "after epoch 0, 5, 10, ..., diloco 500, local_sgd one epoch; dart a tenth of the run (ours)."
+        },
+    )
+    average_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "In [0, 1]. papa: alpha, the part of itself that a member keeps (0.99 as published); diloco: the outer "
+            "learning rate (0.7 as published)."
         },
     )
     shuffle_probability: float | None = field(
         default=None,
         metadata={
             "help": "The paper's p: probability, in [0, 1], that a first-layer weight is shuffled in a step. Defaults to "
-            f"what gives it about {FITTING_SHUFFLES} shuffles in the run, at most {LARGEST_FITTED_PROBABILITY}."
+            f"what gives it about {FITTING_SHUFFLES} shuffles in the run, at most {LARGEST_FITTED_PROBABILITY}. With "
+            "sparta: that any weight is averaged, 0.005 as published."
         },
     )
     shuffle_schedule: str = field(
@@ -318,6 +346,11 @@ class PopulationArguments:
             "shuffle_start",
             f"at most `shuffle_stop` ({self.shuffle_stop!r})",
         )
+        if self.average_interval is not None:
+            whole("average_interval", "a whole number of steps of at least 1")
+        if self.average_rate is not None:
+            number("average_rate", "a number between 0 and 1")
+        self._check_options_of_the_method()
         yes_or_no("same_init")
         one_of("member_data", MEMBER_DATA)
         one_of("soup", SOUPS)
@@ -326,6 +359,20 @@ class PopulationArguments:
         whole("soup_batch_norm_batches", "a whole number of batches of at least 1")
         yes_or_no("evaluate_members")
         yes_or_no("push_members")
+
+    def _check_options_of_the_method(self) -> None:
+        for name in OPTIONS:
+            # A class of arguments may have other defaults.
+            given = getattr(self, name) != type(self).__dataclass_fields__[name].default
+            if given and name not in METHODS[self.mixing].options:
+                raise ValueError(foreign_option(self.mixing, name))
+        if self.mixing == "diloco" and self.average_rate == 0:
+            raise ValueError("`average_rate` must be above 0 with `mixing='diloco'`, whose outer learning rate it is.")
+        max_steps = getattr(self, "max_steps", None)
+        if self.average_interval is not None and isinstance(max_steps, int) and 0 < max_steps < self.average_interval:
+            raise ValueError(
+                f"`average_interval` ({self.average_interval} steps) is longer than the run, which has {max_steps} steps."
+            )
 
     @property
     def n_gpu(self) -> int:
@@ -345,23 +392,42 @@ class PopulationArguments:
 
     def shuffles(self, step: int, total_steps: int) -> bool:
         """
-        Whether the population shuffles after optimizer step `step`.
+        Whether the population shuffles (with `mixing="sparta"`: averages a few weights) after optimizer step `step`.
 
         Args:
             step (`int`): The step just taken, from 1 to `total_steps`.
             total_steps (`int`): Optimizer steps in the whole run.
         """
-        if self.mixing == "independent" or step % self.shuffle_interval:
+        if self.mixing not in ("wash", "sparta") or step % self.shuffle_interval:
             return False
         return self.shuffle_start * total_steps < step <= self.shuffle_stop * total_steps
 
     def mixing_steps(self, total_steps: int) -> int:
         """The number of steps, of `total_steps` in the run, after which the population [`shuffles`]."""
-        if self.mixing == "independent":
+        if self.mixing not in ("wash", "sparta"):
             return 0
         # A whole step is above (at most) a number just when it is above (at most) that number rounded down.
         before, until = (math.floor(part * total_steps) for part in (self.shuffle_start, self.shuffle_stop))
         return until // self.shuffle_interval - before // self.shuffle_interval
+
+    def average_times(self, total_steps: int, steps_per_epoch: int) -> Times | None:
+        """
+        After which steps the members are averaged; `None` for a method that does not average whole models.
+
+        Args:
+            total_steps (`int`), steps_per_epoch (`int`): Optimizer steps of a member in the whole run and in an epoch.
+
+        Raises:
+            ValueError: if the interval is longer than the run, or they would never be.
+        """
+        if "average_interval" not in METHODS[self.mixing].options:
+            return None
+        return times_of(self.mixing, self.average_interval, total_steps, steps_per_epoch)
+
+    @property
+    def used_average_rate(self) -> float | None:
+        """`average_rate` where it is set, else what is published; `None` for a method without."""
+        return METHODS[self.mixing].rate if self.average_rate is None else self.average_rate
 
     def probability_for(self, total_steps: int) -> float:
         """
@@ -369,7 +435,7 @@ class PopulationArguments:
 
         What fits is `min(0.5, 140 / (total_steps // shuffle_interval))`, and 0 if the population never shuffles. A later
         start or an earlier stop leaves p as it is: stopped at 75 % of the run, which is how it was measured, it makes
-        105 shuffles, not 140.
+        105 shuffles, not 140. With `mixing="sparta"` it is what is published, whatever the length.
 
         Args:
             total_steps (`int`): Optimizer steps in the whole run.
@@ -378,6 +444,9 @@ class PopulationArguments:
             return self.shuffle_probability
         if not self.mixing_steps(total_steps):
             return 0.0
+        published = METHODS[self.mixing].probability
+        if published is not None:
+            return published
         return min(LARGEST_FITTED_PROBABILITY, FITTING_SHUFFLES / (total_steps // self.shuffle_interval))
 
     def expected_shuffles(self, total_steps: int) -> float:

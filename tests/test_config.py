@@ -14,6 +14,7 @@ from transformers.training_args import ParallelMode
 
 from hf_wash import PopulationArguments, WashConfig
 from hf_wash.config import ENOUGH_SHUFFLES
+from hf_wash.methods import METHODS
 
 
 OPTIONS = [option.name for option in dataclasses.fields(PopulationArguments)]
@@ -116,8 +117,8 @@ def test_several_cpu_processes_need_no_flag(monkeypatch):
     assert not WashConfig("out").use_cpu
 
 
-WHOLE = ("population_size", "shuffle_interval", "soup_batch_norm_batches")
-FRACTIONS = ("shuffle_probability", "shuffle_start", "shuffle_stop", "soup_holdout")
+WHOLE = ("population_size", "shuffle_interval", "average_interval", "soup_batch_norm_batches")
+FRACTIONS = ("shuffle_probability", "shuffle_start", "shuffle_stop", "average_rate", "soup_holdout")
 TRUTHS = ("shuffle_optimizer_state", "same_init", "evaluate_members", "push_members")
 NAMES = ("mixing", "shuffle_schedule", "member_data", "soup", "soup_batch_norm")
 
@@ -145,6 +146,19 @@ def test_a_wrong_value_is_refused_in_one_sentence(name, value):
     found = value.item() if isinstance(value, np.generic) else value
     message = str(raised.value)
     assert message.startswith(f"`{name}` must be ") and message.endswith(f", found {found!r}.")
+
+
+def test_every_method_is_a_flag_with_what_is_its_own(capsys):
+    parser = HfArgumentParser(WashConfig)
+    given = ["--output_dir", "out", "--mixing", "papa", "--average_interval", "5", "--average_rate", "0.9"]
+    config = parser.parse_args_into_dataclasses(given)[0]
+    assert (config.mixing, config.average_interval, config.average_rate) == ("papa", 5, 0.9)
+    for method in METHODS:
+        assert parser.parse_args_into_dataclasses(["--output_dir", "out", "--mixing", method])[0].mixing == method
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"--mixing {{{','.join(METHODS)}}}" in shown and "are pulled towards their mean (papa)" in shown
 
 
 def test_a_start_behind_the_stop_is_refused():

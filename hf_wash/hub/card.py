@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
 from ..files import is_file, write_whole
+from ..methods import METHODS, OUTER_MOMENTUM, Method
 from ..sentences import all_printable, printable
 from . import wording
 from .card_merge import CARD, has_title, merge_card, own_text
@@ -164,7 +165,7 @@ class WashCard:
             if not any(key.startswith("eval_") for key in metrics):
                 metrics = last_evaluation(log_history)
         if members is None:
-            members = any((folder / place / "member_0").is_dir() for place in (LOCAL_MEMBERS, PUSHED_MEMBERS))
+            members = any(any((folder / place).glob("member_*/")) for place in (LOCAL_MEMBERS, PUSHED_MEMBERS))
         options = record.get("card", {})
         name = options.get("model_name") or (repo_id.split("/")[-1] if repo_id else folder.resolve().name)
         card = cls(
@@ -266,7 +267,12 @@ class WashCard:
 
     @property
     def method_name(self) -> str:
-        return "WASH" if self.method == "wash" else "this run"
+        return self.exchanging.title if self.exchanging is not None else "this run"
+
+    @property
+    def exchanging(self) -> Method | None:
+        """What is known of the method by which the members exchanged weights, if they did by one that is known."""
+        return METHODS.get(self.method or "") if self.method != "independent" else None
 
     @property
     def soup(self) -> dict[str, Any]:
@@ -352,9 +358,12 @@ class WashCard:
         overrides = population.get("overrides") or []
         many, wash, shard = size > 1, self.method == "wash", population.get("member_data") == "shard"
         start = "the same weights" if population.get("same_init", True) else "different weights"
-        method = mixing.get("method")
-        if wash:
-            method = "WASH with optimizer state" if mixing.get("shuffle_optimizer_state") else "WASH"
+        known = self.exchanging
+        method = known.title if known is not None else mixing.get("method")
+        if wash and mixing.get("shuffle_optimizer_state"):
+            method = "WASH with optimizer state"
+        some = many and (wash or self.method == "sparta")
+        rate = known.rate_is if known is not None and mixing.get("average_rate") is not None else ""
         samples = self.record.get("data", {}).get("train_samples")
         steps, epochs, batch = (training.get(name) for name in ("steps", "epochs", "batch_size"))
         accumulated = training.get("gradient_accumulation_steps") or 1
@@ -368,9 +377,15 @@ class WashCard:
             ("population", f"{size} member{'s' if many else ''}"),
             ("members start from", many and start),
             ("mixing", many and method),
-            ("probability p", many and wash and (wording.plain(mixing.get("shuffle_probability")) or "not recorded")),
+            ("probability p", some and (wording.plain(mixing.get("shuffle_probability")) or "not recorded")),
             ("schedule over depth", many and wash and mixing.get("shuffle_schedule")),
-            ("shuffled", many and wash and wording.when_shuffled(mixing)),
+            ("shuffled" if wash else "averaged", some and wording.when_shuffled(mixing)),
+            (
+                "pulled together" if self.method == "papa" else "averaged",
+                many and not some and wording.when_averaged(mixing),
+            ),
+            (rate, many and rate and wording.plain(mixing.get("average_rate"))),
+            ("outer momentum", many and self.method == "diloco" and f"{OUTER_MOMENTUM:g}, Nesterov's"),
             ("seeds", "; ".join(map(str, seeds))),
             ("data", ", ".join(filter(None, data))),
             *((f"member {index} differs", wording.differences(each)) for index, each in enumerate(overrides)),
@@ -388,6 +403,12 @@ class WashCard:
         ]
         return [(name, wording.cell(str(value))) for name, value in rows if value]
 
+    def replayed_names(self) -> str:
+        """The run's checkpoints, the newest first; the first of many."""
+        names = [wording.cell(name) for name in self.record["replay"]["checkpoints"] if name]
+        more = len(names) - _MAX_COLUMNS
+        return ", ".join(names[:_MAX_COLUMNS]) + (f" and {more} more" if more > 0 else "")
+
     def exchange(self) -> list[list[str]]:
         """Bytes sent in the whole run: by this one, and by DDP and PAPA had they trained the same."""
         exchanged = self.record.get("exchange", {}).get("bytes_exchanged")
@@ -397,6 +418,8 @@ class WashCard:
             return []
         rows = [[self.method_name, wording.bytes_text(exchanged), "1"]]
         for name, amount in others_send(size, steps, model).items():
+            if name == self.method_name:
+                continue
             rows.append([name, wording.bytes_text(amount), f"{amount / exchanged:,.3g} ×" if exchanged else "–"])
         return rows
 

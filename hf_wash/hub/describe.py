@@ -14,20 +14,13 @@ from transformers import TrainerState
 from transformers.trainer_utils import has_length
 
 from .. import __version__
+from ..methods import METHODS, OPTIONS, Times
 from ..population import MemberOverrides, Population
 from ..soup import GreedySoupRecord, has_batch_norm
 from .record import dataset_repositories, inherited_license
 from .traffic import size_of
 
 
-_MIXING = (
-    "shuffle_probability",
-    "shuffle_schedule",
-    "shuffle_optimizer_state",
-    "shuffle_interval",
-    "shuffle_start",
-    "shuffle_stop",
-)
 _TRAINING = (
     "seed",
     "data_seed",
@@ -55,10 +48,12 @@ def describe_run(
     greedy: GreedySoupRecord | None,
     left_out: Sequence[int],
     probability: float | None,
+    times: Times | None,
     ask_hub: bool,
     batch_size: int,
     datasets: tuple[Any, Any],
     card: Mapping[str, Any],
+    replay: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     Puts together what is to be known about a run. No process waits for another.
@@ -76,6 +71,8 @@ def describe_run(
             The values and bytes that members got from each other so far.
         probability (`float`, *optional*):
             The p of this run.
+        times ([`Times`], *optional*):
+            When its members are averaged, if they are.
         ask_hub (`bool`):
             Whether the Hub may be asked, for the license of the model this one was made from.
         greedy ([`GreedySoupRecord`], *optional*):
@@ -88,6 +85,8 @@ def describe_run(
             The data sets for training and evaluation, or `None`.
         card (`Mapping[str, Any]`):
             What was given for the model card.
+        replay (`Mapping[str, Any]`, *optional*):
+            How a checkpoint of the run is verified, where it has kept one and its script is known.
 
     Returns:
         `dict[str, Any]`: The content of `wash_run.json`.
@@ -117,11 +116,7 @@ def describe_run(
             "member_data": args.member_data,
             "overrides": [each.describe() for each in overrides],
         },
-        "mixing": {
-            "method": args.mixing,
-            **{name: getattr(args, name) for name in _MIXING},
-            "shuffle_probability": probability,
-        },
+        "mixing": _mixing(args, probability, times),
         "exchange": dict(zip(("values_moved", "bytes_exchanged"), exchanged, strict=True)),
         "soup": soup,
         "training": {
@@ -141,7 +136,22 @@ def describe_run(
             **{name: importlib.metadata.version(name) for name in libraries},
         },
         "card": {**card, **_origin(model, datasets, card, ask_hub)},
+        **({"replay": dict(replay)} if replay else {}),
     }
+
+
+def _mixing(args: Any, probability: float | None, times: Times | None) -> dict[str, Any]:
+    """What the method is, with what is its own: what it takes of the options, and what these came to in this run."""
+    own = METHODS[args.mixing].options
+    told = {"method": args.mixing, **{name: getattr(args, name) for name in OPTIONS if name in own}}
+    if "shuffle_probability" in own:
+        told["shuffle_probability"] = probability
+    if "average_rate" in own:
+        told["average_rate"] = args.used_average_rate
+    if times is not None:
+        told |= {"average_interval": times.interval, "average_first": times.first, "average_last": times.last}
+        told["average_epoch"] = times.epoch
+    return told
 
 
 def _precision(args: Any, trained: Sequence[torch.Tensor]) -> str | None:

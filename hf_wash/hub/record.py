@@ -35,9 +35,12 @@ _RECORD = {
         "method": str,
         "shuffle_schedule": str,
         **dict.fromkeys(("shuffle_probability", "shuffle_interval", "shuffle_start", "shuffle_stop"), _NUMBER),
+        **dict.fromkeys(("average_interval", "average_first", "average_last", "average_epoch"), int),
+        "average_rate": _NUMBER,
     },
     "exchange": {"bytes_exchanged": int, "values_moved": int},
-    "soup": {"method": str, "batch_norm": str, "ingredients": [str], "chosen": [int], "scores": [_NUMBER]},
+    "soup": {"method": str, "batch_norm": str, "ingredients": [str], "chosen": [int], "scores": [_NUMBER]}
+    | {"left_out": [int]},
     "training": {
         **dict.fromkeys(("steps", "seed", "data_seed", "batch_size", "gradient_accumulation_steps"), int),
         **dict.fromkeys(("epochs", "learning_rate", "warmup_steps", "weight_decay"), _NUMBER),
@@ -47,6 +50,7 @@ _RECORD = {
     "data": {"train_samples": int, "eval_samples": int},
     "hardware": {"text": str},
     "versions": {},
+    "replay": {"command": str, "checkpoints": [str]},
     "card": {
         **dict.fromkeys(("model_name", "license"), str),
         **dict.fromkeys(("language", "tags", "finetuned_from", "tasks", "dataset", "dataset_tags"), _NAMES),

@@ -63,6 +63,19 @@ def when_shuffled(mixing: Mapping[str, Any]) -> str:
     return text if (start, stop) == (0.0, 1.0) else f"{text}, from {start:.0%} to {stop:.0%} of the run"
 
 
+def when_averaged(mixing: Mapping[str, Any]) -> str | None:
+    """At which steps whole models were averaged; `None` where that is not recorded."""
+    interval, first, last, epoch = (mixing.get(f"average_{name}") for name in ("interval", "first", "last", "epoch"))
+    if interval is None:
+        return None
+    text = "after every optimizer step" if interval == 1 else f"after every {interval:,} optimizer steps"
+    if epoch is not None:
+        return f"{text}, counted anew in each epoch of {epoch:,} steps, from its first step on"
+    if first is not None and first != interval:
+        text += f", from step {first:,} on"
+    return text if last is None else f"{text}, up to step {last:,}"
+
+
 def learning_rate(training: Mapping[str, Any]) -> str | None:
     """The learning rate and its course."""
     if training.get("learning_rate") is None:

@@ -81,7 +81,7 @@ class DilocoMixer(AveragingMixer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Take up what [`DilocoMixer.state_dict`] gave.
+        Take up what [`DilocoMixer.state_dict`] gave: where members met, and the momentum. The rates are this mixer's.
 
         Raises:
             ValueError: for the state of another method or model.
@@ -94,4 +94,6 @@ class DilocoMixer(AveragingMixer):
             )
         with torch.no_grad():
             self._start.copy_(state["start"])
+        rates = {name: value for name, value in self._outer.param_groups[0].items() if name != "params"}
         self._outer.load_state_dict(state["outer"])
+        self._outer.param_groups[0].update(rates)

@@ -42,6 +42,8 @@ from .manifest import (
 logger = logging.getLogger(__name__)
 
 MEMBER_WEIGHTS, OPTIMIZER, STREAMS, FROZEN = "model.safetensors", "optimizer.pt", "streams.json", "frozen.safetensors"
+# What a method of exchange keeps beside the members, if it does.
+MIXER = "mixer.pt"
 # Names that neither Trainer's rotation (`checkpoint-*`) nor an upload (which ignores `_*`) takes for a checkpoint.
 STAGING_PREFIX, REPLACED_PREFIX = "_incomplete-", "_replaced-"
 
@@ -200,6 +202,20 @@ def _without_crc32() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
+def _save_state(state: Mapping[str, Any], path: Path) -> None:
+    try:
+        with _without_crc32():
+            torch.save(dict(state), path)
+    except RuntimeError as error:  # torch does not say why it could not write (2.14)
+        raise OSError(f"`{path}` could not be written, for want of space or for a broken disk ({error})") from error
+
+
+def write_mixer(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write what a method of exchange keeps beside the members into a staged checkpoint, if that is anything."""
+    if state:
+        _save_state(state, folder / MIXER)
+
+
 def write_member(
     folder: Path, weights: dict[str, torch.Tensor], training: Mapping[str, Any] | None, streams: Any = None
 ) -> list[Path]:
@@ -219,13 +235,7 @@ def write_member(
     files = [folder / MEMBER_WEIGHTS]
     save_file(weights, files[0], metadata={"format": "pt"})
     if training is not None:
-        try:
-            with _without_crc32():
-                torch.save(dict(training), folder / OPTIMIZER)
-        except RuntimeError as error:  # torch does not say why it could not write (2.14)
-            raise OSError(
-                f"`{folder / OPTIMIZER}` could not be written, for want of space or for a broken disk ({error})"
-            ) from error
+        _save_state(training, folder / OPTIMIZER)
         (folder / STREAMS).write_text(json.dumps(streams), encoding="utf-8")
         files += [folder / OPTIMIZER, folder / STREAMS]
     return files
@@ -374,6 +384,25 @@ def read_weights(member: nn.Module, *paths: Path) -> None:
                 own[name].copy_(value)
 
 
+def _load_state(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's own would have it read again with any code that is in it
+        refused = isinstance(error, pickle.UnpicklingError)
+        what = "what is no tensor, number or container of these" if refused else "no state of an optimizer"
+        raise InvalidCheckpoint(f"`{path}` holds {what}, so it is not read: it may run code") from None
+
+
+def read_mixer(folder: Path) -> Any:
+    """
+    What [`write_mixer`] has written; `None` if there was nothing to write.
+
+    Raises:
+        InvalidCheckpoint: if the file holds something else than tensors, numbers and containers of these.
+    """
+    return _load_state(folder / MIXER) if (folder / MIXER).is_file() else None
+
+
 def read_training(folder: Path, streams: RandomStreams) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     A member's optimizer, scheduler and scaler states, and its random streams.
@@ -388,12 +417,7 @@ def read_training(folder: Path, streams: RandomStreams) -> tuple[dict[str, Any],
     path = folder / OPTIMIZER
     if not path.is_file():
         raise InvalidCheckpoint(f"`{folder}` has weights only (`save_only_model`), so training cannot go on from it")
-    try:
-        training = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own would have it read again with any code that is in it
-        refused = isinstance(error, pickle.UnpicklingError)
-        what = "what is no tensor, number or container of these" if refused else "no state of an optimizer"
-        raise InvalidCheckpoint(f"`{path}` holds {what}, so it is not read: it may run code") from None
+    training = _load_state(path)
     must = {"groups": list, "state": dict, "scheduler": dict, "loss": float}
     if not isinstance(training, dict) or not all(isinstance(training.get(name), kind) for name, kind in must.items()):
         raise InvalidCheckpoint(f"`{path}` holds no state of an optimizer")

@@ -173,14 +173,9 @@ class Checkpointing(Part):
         def write_soup(staging: Path) -> dict[str, torch.Tensor]:
             self._save(str(staging))
             self._state_with_callbacks().save_to_json(str(staging / "trainer_state.json"))
+            if not self.args.save_only_model:
+                checkpoints.write_mixer(staging, self.mixing.mixer_state())
             return self._shared_frozen(self.population.wholes[0])
-
-        def member_part(slot: int, index: int) -> tuple:
-            whole = self.population.wholes[slot]
-            weights = checkpoints.own_tensors(whole, self._shared_frozen(whole))
-            if self.args.save_only_model:
-                return weights, None, None
-            return weights, *self._training_state(slot, index, whole)
 
         checkpoints.write(
             self.population,
@@ -188,9 +183,17 @@ class Checkpointing(Part):
             node=self._node(),
             leads=self.args.should_save,
             write_soup=write_soup,
-            member_part=member_part,
+            member_part=self._member_part,
             describe=self._manifest,
         )
+
+    def _member_part(self, slot: int, index: int) -> tuple:
+        """What is a member's own: its tensors and, to resume from, its part of the training's state and its streams."""
+        whole = self.population.wholes[slot]
+        weights = checkpoints.own_tensors(whole, self._shared_frozen(whole))
+        if self.args.save_only_model:
+            return weights, None, None
+        return weights, *self._training_state(slot, index, whole)
 
     def _shared_frozen(self, whole: nn.Module) -> dict[str, torch.Tensor]:
         """What all members share, written once: the frozen parameters, where all members started alike."""
@@ -237,6 +240,7 @@ class Checkpointing(Part):
             "bytes_exchanged": moved["bytes_exchanged"],
             "log_window": {"since": self._globalstep_last_logged, "moved": moved["moved"]},
             "architecture": describe_architecture(self.population.wholes[0]),
+            "made_with": options.made_with(args.device),
         }
 
     # ---- Resume ----------------------------------------------------------------------------------------------------
@@ -289,14 +293,14 @@ class Checkpointing(Part):
                 f"Cannot resume: `{folder}` was written with `same_init=False`, so each member has frozen weights of its "
                 "own, and with `same_init=True` they would share one member's."
             )
-        before, now = (
-            saved.get("lr_scheduler_type"),
-            str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)),
-        )
+        before, now = saved.get("lr_scheduler_type"), self.args.lr_scheduler_type
+        now = str(getattr(now, "value", now))
         if before not in (None, now) and {str(before), now} & set(options.SCHEDULERS_WITH_STATE):
             raise ValueError(
                 f"Cannot resume: `{folder}` was written with `lr_scheduler_type={before!r}`, whose state `{now}` cannot take."
             )
+        if self._replay is not None:
+            return  # it says so itself, of the checkpoint that it makes
         effective, without = options.compare(manifest, self.args, self._overrides)
         if (effective or without) and self.population.rank == 0:
             told = [f"Taking effect from here on: {'; '.join(effective)}."] if effective else []
@@ -337,19 +341,18 @@ class Checkpointing(Part):
         folder = Path(resume_from_checkpoint)
         frozen = [path] if (path := folder / checkpoints.FROZEN).is_file() else []
         _ = self.members  # made here, if they are not there yet
-        files = {
-            index: [folder / f"member_{index}" / checkpoints.MEMBER_WEIGHTS, *frozen]
-            for index in self.population.indices
-        }
-        wholes = dict(zip(self.population.indices, self.population.wholes, strict=True))
+        own = [
+            (whole, [folder / f"member_{index}" / checkpoints.MEMBER_WEIGHTS, *frozen])
+            for index, whole in zip(self.population.indices, self.population.wholes, strict=True)
+        ]
 
         def check() -> None:
-            for index, whole in wholes.items():
-                checkpoints.check_weights(whole, files[index])
+            for whole, files in own:
+                checkpoints.check_weights(whole, files)
 
         def read() -> None:
-            for index, whole in wholes.items():
-                checkpoints.read_weights(whole, *files[index])
+            for whole, files in own:
+                checkpoints.read_weights(whole, *files)
 
         # No member takes anything before all of all processes can.
         checkpoints.checked(self.population, check)

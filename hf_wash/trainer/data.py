@@ -53,7 +53,7 @@ class MemberLoader:
     def start(self, epoch: int) -> None:
         """Begin an epoch and, where the loader reads ahead, draw its first batch."""
         self._epoch_start = self._streams.capture()
-        self._iterator = self._iterate(self.dataloader, epoch)
+        self._iterator = self.iterate(self.dataloader, epoch)
         self._forget()
         if self._reads_ahead:
             self._draw()
@@ -71,7 +71,7 @@ class MemberLoader:
         self._epoch_start = state["epoch_start"]
         replay = not self._can_skip()
         loader = self.dataloader if replay else skip_first_batches(self.dataloader, position)
-        self._iterator = self._iterate(loader, epoch)
+        self._iterator = self.iterate(loader, epoch)
         if replay:
             # What depends on all that has been drawn before is drawn again.
             for _ in range(position):
@@ -89,7 +89,8 @@ class MemberLoader:
         return self.dataloader.num_workers == 0 and isinstance(sampler, (SeedableRandomSampler, SequentialSampler))
 
     @staticmethod
-    def _iterate(dataloader: Any, epoch: int) -> Iterator:
+    def iterate(dataloader: Any, epoch: int) -> Iterator:
+        """An iterator over a loader, in the order of an epoch, that does not read ahead."""
         if hasattr(dataloader, "set_epoch"):
             dataloader.set_epoch(epoch)
         # As Trainer does: Accelerate's `set_epoch` does not reach the sampler of a wrapped batch sampler.

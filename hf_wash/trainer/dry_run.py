@@ -25,6 +25,7 @@ from ..hub.check import CannotCheck, check_export
 from ..hub.kinds import kind_of
 from ..hub.traffic import others_send, size_of
 from ..hub.wording import bytes_text, short
+from ..methods import METHODS
 from ..mixing.schedule import expected_values_moved
 from ..population.streams import RandomStreams
 
@@ -53,6 +54,7 @@ class DryRun:
         final_bytes (`int`): Of the soup and the members that are saved in the end.
         disk_needed (`int`), disk_free (`int`): Bytes where the run is written to.
         output_dir (`str`): That is here.
+        mixing (`str`): What members exchange.
     """
 
     members: int
@@ -75,12 +77,14 @@ class DryRun:
     disk_free: int
     output_dir: str
     trained_bytes: int
+    mixing: str = "wash"
     others_send: dict[str, int] = field(init=False)
     final_bytes: int = field(init=False)
     disk_needed: int = field(init=False)
 
     def __post_init__(self):
         self.others_send = others_send(self.members, self.steps, self.trained_bytes)
+        self.others_send.pop(METHODS[self.mixing].title, None)
         self.final_bytes = (self.members + 1) * self.saved_bytes
         self.disk_needed = self.checkpoints_kept * self.checkpoint_bytes + self.final_bytes
 
@@ -106,7 +110,10 @@ class DryRun:
         exchange = "nothing is exchanged"
         if self.values_moved:
             exchange = f"{short(self.values_moved)} values, {bytes_text(self.bytes_exchanged)} in the whole run"
+            if self.mixing != "wash":
+                exchange = f"{METHODS[self.mixing].title}, {exchange}"
         others = ", ".join(f"{name} {bytes_text(amount)}" for name, amount in self.others_send.items())
+        shuffles = f"{self.expected_shuffles:.3g} of a weight of the first layer, p = {self.shuffle_probability:.4g}"
         return [
             ("model", f"{self.parameters:,} parameters, {self.trained_parameters:,} of them trained"),
             ("data", samples),
@@ -118,17 +125,8 @@ class DryRun:
                 f"{self.processes} process{'es' if self.processes > 1 else ''}",
             ),
             ("exchange", exchange),
-            *(
-                [
-                    (
-                        "shuffles",
-                        f"{self.expected_shuffles:.3g} of a weight of the first layer, p = {self.shuffle_probability:.4g}",
-                    ),
-                    ("others send", others),
-                ]
-                if self.values_moved
-                else []
-            ),
+            *([("shuffles", shuffles)] if self.values_moved and self.mixing == "wash" else []),
+            *([("others send", others)] if self.values_moved else []),
             (
                 "checkpoints",
                 f"{self.checkpoints_written} of {bytes_text(self.checkpoint_bytes)}, at most {self.checkpoints_kept} at a time"
@@ -357,25 +355,46 @@ def free_bytes(folder: Path) -> int:
 
 
 def expected_exchange(
-    args: Any, whole: nn.Module, members: int, steps: int, state: tuple[float, float]
+    args: Any, whole: nn.Module, members: int, steps: int, steps_per_epoch: int, state: tuple[float, float]
 ) -> tuple[float, float]:
     """
-    Values, and their bytes, that change owner in a run, on average.
+    Values, and their bytes, that members get from each other in a run, on average, as the mixers count them.
 
     Args:
         args ([`PopulationArguments`]): The options.
         whole (`nn.Module`): All that learns of a member.
         members (`int`), steps (`int`): How many, and how many optimizer steps each takes.
+        steps_per_epoch (`int`): Optimizer steps in an epoch.
         state (`tuple[float, float]`): Values and bytes of the optimizer's state for each of the weights'.
+
+    Raises:
+        ValueError: for an interval that does not fit into the run.
     """
-    if args.mixing != "wash" or members == 1:
+    if args.mixing == "independent" or members == 1:
         return 0.0, 0.0
-    values = expected_values_moved(whole, members, args.probability_for(steps), args.shuffle_schedule)
-    values *= members * args.mixing_steps(steps)
-    trained = [p for p in whole.parameters() if p.requires_grad]
+    trained = [p for p in whole.parameters() if p.requires_grad and p.is_floating_point()]
+    times = args.average_times(steps, steps_per_epoch)
+    if times is not None:
+        buffers = [b for b in whole.buffers() if b.is_floating_point()] if METHODS[args.mixing].buffers else []
+        exchanges = members * times.count(steps)
+        return exchanges * sum(t.numel() for t in (*trained, *buffers)), exchanges * size_of([*trained, *buffers])
     bytes_each = size_of(trained) / max(1, sum(p.numel() for p in trained))
+    if args.mixing == "sparta":
+        values = args.probability_for(steps) * sum(p.numel() for p in trained)
+    else:
+        values = expected_values_moved(whole, members, args.probability_for(steps), args.shuffle_schedule)
+    values *= members * args.mixing_steps(steps)
     with_state = state if args.shuffle_optimizer_state else (0.0, 0.0)
     return values * (1 + with_state[0]), values * bytes_each * (1 + with_state[1])
+
+
+def mixer_bytes(args: Any, whole: nn.Module, members: int) -> int:
+    """Bytes that a checkpoint holds of the method itself: with DiLoCo where the members last met, and a momentum."""
+    if args.mixing != "diloco" or members == 1:
+        return 0
+    trained = [p for p in whole.parameters() if p.requires_grad and p.is_floating_point()]
+    wide = any(p.dtype == torch.float64 for p in trained)
+    return 2 * (8 if wide else 4) * sum(p.numel() for p in trained)
 
 
 def count_checkpoints(args: Any, steps: int, steps_per_epoch: int) -> tuple[int, int]:

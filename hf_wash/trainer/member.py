@@ -121,11 +121,27 @@ def arguments_of_member(args: TrainingArguments, **own: Any) -> Any:
 
 
 class LocalMembers(nn.Module):
-    """What the Trainer's loop takes for the model: this process's members. It is never called."""
+    """
+    What the Trainer's loop takes for the model: this process's members. It is never called.
+
+    Args:
+        members (`list[nn.Module]`): The members.
+
+    Attributes:
+        after_zero_grad (`Callable`, *optional*): Called when the loop has cleared the gradients: once before the first
+            step, and in every step after the optimizer's and the scheduler's.
+    """
 
     def __init__(self, members: list[nn.Module]):
         super().__init__()
         self.members = nn.ModuleList(members)
+        self.after_zero_grad: Callable[[], None] | None = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all members."""
+        super().zero_grad(set_to_none)
+        if self.after_zero_grad is not None:
+            self.after_zero_grad()
 
 
 class Whole(nn.Module):

@@ -36,13 +36,14 @@ from .checking import Checking
 from .checkpointing import Checkpointing
 from .data import MemberBatches, MemberLoader, MembersLoader, hold_out, shard_for_member
 from .evaluating import Evaluating
+from .exchanging import Exchanging
 from .log import MemberLog
 from .member import LocalMembers, as_member
-from .mixing_run import MixingRun
 from .populating import Populating
 from .publishing import Publishing
+from .replaying import Replaying
 from .requests import Requests
-from .served_soup import ServedSoup
+from .served_soup import NonFiniteMemberError, ServedSoup, not_finite, what_becomes_of
 from .serving import Serving
 
 
@@ -61,7 +62,9 @@ def _end_process_group_at_exit() -> None:
     atexit.register(end)
 
 
-class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Checkpointing, Publishing):
+class PopulationMixin(
+    Checking, Replaying, Populating, Agreeing, Exchanging, Serving, Evaluating, Checkpointing, Publishing
+):
     """
     Makes a population of any [`~transformers.Trainer`]: put it in front of the Trainer, and [`PopulationArguments`] in
     front of its arguments.
@@ -131,7 +134,7 @@ class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Check
         self._mixing = self._member_log = None
         self._line: tuple[dict[str, float], float] | None = None
         self._beside = None
-        self._trainings = self._total_steps = 0
+        self._trainings = self._total_steps = self._steps_per_epoch = 0
         self._evaluating = False
         self._resume = None
 
@@ -275,7 +278,7 @@ class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Check
     def set_initial_training_values(self, args, dataloader):
         """The run's lengths, as in Trainer; the first place they are known, so where processes compare notes."""
         values = super().set_initial_training_values(args, dataloader)
-        steps_per_epoch, self._total_steps = values[1], values[-1]
+        self._steps_per_epoch, self._total_steps = values[1], values[-1]
         batches = [
             len(loader.dataloader) if has_length(loader.dataloader) else None for loader in self._batches.loaders
         ]
@@ -287,7 +290,8 @@ class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Check
                 f"they have different numbers of batches an epoch ({listing})."
             )
             raise known_to_all(ValueError(told))
-        check_agreement(self.population, self._what_must_agree_about_steps(steps_per_epoch))
+        check_agreement(self.population, self._what_must_agree_about_steps(self._steps_per_epoch))
+        self._check_times()
         return values
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
@@ -322,6 +326,7 @@ class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Check
                 combined.state.update(self.optimizer.state)
             combined = combined if combined is not None else self.optimizer
         self.optimizer = combined
+        self._note_base_rates()
         return self.optimizer
 
     def _wrap_model(self, model, training: bool = True, dataloader=None):
@@ -332,36 +337,10 @@ class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Check
         return next((m.prepare(self.accelerator) for m in known if m.model is model), model)
 
     def _prepare_for_training(self, *args, **kwargs):
-        if hasattr(getattr(self.optimizer, "step", None), "mixes"):
-            del self.optimizer.step  # of a run before
+        self._end_exchanges()  # of a run before
         model, _ = super()._prepare_for_training(*args, **kwargs)
         self._log = MemberLog(self.population)
-        resumed = self._resume["manifest"] if self._resume is not None else {}
-        probability = resumed.get("probability")
-        if probability is None or self.args.shuffle_probability is not None:
-            probability = self.args.probability_for(self._total_steps)
-        self.mixing = MixingRun(
-            self.args,
-            self.population,
-            self.population.wholes,
-            self.optimizer,
-            self._total_steps,
-            probability,
-            self.args.seed,
-        )
-        if self.is_world_process_zero():
-            self.mixing.say_what_is_shuffled()
-        # The exchange is a part of the step, whatever callbacks there are, and happens when fp16's scaler skips it, too.
-        own_step = self.optimizer.step
-
-        @functools.wraps(own_step)  # with the mark by which a scheduler knows that it counts the steps
-        def step_and_mix(*args, **kwargs):
-            result = own_step(*args, **kwargs)
-            self.mixing.mix(self.state.global_step + 1)
-            return result
-
-        vars(step_and_mix)["mixes"] = True
-        self.optimizer.step = step_and_mix
+        self._begin_exchanges(model)
         loader = self._batches.as_dataloader()
         self.callback_handler.train_dataloader = loader
         return model, loader
@@ -524,18 +503,30 @@ class PopulationMixin(Checking, Populating, Agreeing, Serving, Evaluating, Check
         """
         *Collective: call on every process.* Save each member, loadable by itself, under `_members/member_<i>/`.
 
+        Members that hold NaN or infinite values are left out, with a warning.
+
         Args:
             output_dir (`str`, *optional*): Defaults to the configuration's.
+
+        Raises:
+            NonFiniteMemberError: on every process, if no member is finite.
         """
         folder = os.path.join(output_dir if output_dir is not None else self.args.output_dir, LOCAL_MEMBERS)
-        if self.args.should_save:
-            # An earlier run's would be taken for members of this one.
-            for path in Path(folder).glob("member_*"):
-                if path.name not in {f"member_{index}" for index in range(self.population.size)}:
+        with self._told_to_all(), self.population.streams.use(None):
+            left_out, step = not_finite(self.population), self.state.global_step
+            if len(left_out) == self.population.size:
+                raise known_to_all(NonFiniteMemberError(left_out, step, "so none of them is saved."))
+            if left_out and self.is_world_process_zero():
+                logger.warning(what_becomes_of(left_out, step, "not saved among the members."))
+            kept = {f"member_{index}" for index in range(self.population.size) if index not in left_out}
+            for path in Path(folder).glob("member_*") if self.args.should_save else ():
+                # An earlier run's would be taken for members of this one.
+                if path.name not in kept:
                     logger.warning(f"`{path}` is removed: it is not of this population.")
                     shutil.rmtree(path)
-        with self._told_to_all(), self.population.streams.use(None):
             for member in self.members:
+                if member.index in left_out:
+                    continue
                 place = os.path.join(folder, f"member_{member.index}")
                 with as_member(self, member):
                     self._save(place)

@@ -4,16 +4,67 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from transformers.utils import logging
 
 from ..config import ENOUGH_SHUFFLES, LARGEST_FITTED_PROBABILITY, PopulationArguments
-from ..mixing import WashMixer
+from ..methods import METHODS, OUTER_MOMENTUM, Times
+from ..mixing import (
+    DilocoMixer,
+    PairAverageMixer,
+    PapaMixer,
+    PeriodicAverageMixer,
+    SpartaMixer,
+    WashMixer,
+)
 from ..population import Population
 
 
 logger = logging.get_logger(__name__)
+
+
+Mixer = WashMixer | DilocoMixer | PairAverageMixer | PapaMixer | PeriodicAverageMixer | SpartaMixer
+
+
+def make_mixer(
+    args: PopulationArguments, wholes: list, optimizer: Any, probability: float, seed: int, times: Times | None
+) -> Mixer:
+    """
+    *Collective.* The mixer that does what `args.mixing` says.
+
+    Args:
+        args ([`PopulationArguments`]): The options.
+        wholes (`list[nn.Module]`): All that learns of each local member.
+        optimizer (`torch.optim.Optimizer`): Of this process's members.
+        probability (`float`): The p of the run, for a method that has one.
+        seed (`int`): Of what is drawn.
+        times ([`Times`], *optional*): When members are averaged, for a method that averages whole models.
+    """
+    if args.mixing == "sparta":
+        return SpartaMixer(wholes, probability=probability, seed=seed)
+    if times is None:
+        return WashMixer(
+            wholes,
+            [optimizer],
+            probability=probability if args.mixing == "wash" else 0.0,
+            schedule=args.shuffle_schedule,
+            seed=seed,
+            shuffle_optimizer_state=args.shuffle_optimizer_state,
+        )
+    rate, buffers = args.used_average_rate, METHODS[args.mixing].buffers
+    if args.mixing == "papa":
+        assert rate is not None
+        return PapaMixer(wholes, [optimizer], rate=1 - rate, interval=times.interval, steps_per_epoch=times.epoch)
+    if args.mixing == "diloco":
+        assert rate is not None
+        return DilocoMixer(wholes, interval=times.interval, learning_rate=rate, momentum=OUTER_MOMENTUM)
+    if args.mixing == "papa_2":
+        return PairAverageMixer(
+            wholes, interval=times.interval, first=times.first, last=times.last, seed=seed, buffers=buffers
+        )
+    return PeriodicAverageMixer(wholes, interval=times.interval, first=times.first, last=times.last, buffers=buffers)
 
 
 class MixingRun:
@@ -23,44 +74,59 @@ class MixingRun:
     Args:
         args ([`PopulationArguments`]): The options.
         population ([`Population`]): The members.
-        wholes (`list[nn.Module]`): All that learns of each local member.
         optimizer (`torch.optim.Optimizer`): Of this process's members.
-        total_steps (`int`): Optimizer steps in the whole run.
+        total_steps (`int`), steps_per_epoch (`int`): Optimizer steps in the whole run, and in an epoch.
         probability (`float`): The paper's p of this run.
-        seed (`int`): Of the plans.
+
+    Attributes:
+        after_schedule (`bool`): Whether members exchange when the learning rates have been set for the next step, not as
+            a part of the optimizer's step.
     """
 
     def __init__(
         self,
-        args: PopulationArguments,
+        args: Any,
         population: Population,
-        wholes: list,
-        optimizer,
+        optimizer: Any,
         total_steps: int,
+        steps_per_epoch: int,
         probability: float,
-        seed: int,
     ):
-        self._args, self._total_steps = args, total_steps
+        self._args, self._total_steps, self._size = args, total_steps, population.size
         self.probability = probability
+        self._method = METHODS[args.mixing]
+        self.after_schedule = self._method.averages
         # Of all members since the run began; the seconds are this process's, those spent in the collective beside.
         self.values_moved = self.bytes_exchanged = 0
         self.seconds = self.wait_seconds = 0.0
         # Of the steps since the last log line: how many, values, bytes.
         self.window = [0, 0, 0]
-        self.mixer: WashMixer | None = None
+        self.mixer: Mixer | None = None
+        self.times: Times | None = None
         if population.size > 1:
-            self.mixer = WashMixer(
-                wholes,
-                [optimizer],
-                probability=probability if args.mixing == "wash" else 0.0,
-                schedule=args.shuffle_schedule,
-                seed=seed,
-                shuffle_optimizer_state=args.shuffle_optimizer_state,
-            )
+            self.times = args.average_times(total_steps, steps_per_epoch)
+            self.mixer = make_mixer(args, population.wholes, optimizer, probability, args.seed, self.times)
 
-    def say_what_is_shuffled(self) -> None:
-        """Log the probability, and warn where the run is too short for it."""
-        if self._args.mixing != "wash" or self.mixer is None:
+    def repairs(self, step: int) -> bool:
+        """Whether whole models become an average after a step, counted from 1, whose activations are then rescaled."""
+        return self._method.repaired and isinstance(self.mixer, PeriodicAverageMixer) and self.mixer.is_due(step)
+
+    def parents(self, step: int, index: int) -> Sequence[int]:
+        """Whose average a member becomes after a step at which the population [`repairs`]."""
+        if isinstance(self.mixer, PairAverageMixer):
+            return self.mixer.pairs(step)[index]
+        return range(self._size)
+
+    def say_what_is_exchanged(self) -> None:
+        """Log what the members do; of a shuffle the probability, and warn where the run is too short for it."""
+        if self.mixer is None:
+            return
+        if self.times is not None:
+            exchanges = self.times.count(self._total_steps)
+            logger.info(f"{self._method.title}: the members {self._method.does}, {exchanges} times in this run.")
+        if self._args.mixing == "sparta":
+            logger.info(f"SPARTA: weights are averaged with p = {self.probability:g}.")
+        if self._args.mixing != "wash":
             return
         logger.info(f"Shuffling with p = {self.probability:g}.")
         mixing_steps = self._args.mixing_steps(self._total_steps)
@@ -84,7 +150,9 @@ class MixingRun:
         if self.mixer is None:
             return
         began = time.perf_counter()
-        stats = self.mixer.mix(step, shuffle=self._args.shuffles(step, self._total_steps))
+        # One that averages whole models knows its own steps.
+        due = self.times is not None or self._args.shuffles(step, self._total_steps)
+        stats = self.mixer.mix(step, shuffle=due)
         self.seconds += time.perf_counter() - began
         self.wait_seconds += stats.wait_seconds
         self.values_moved += stats.population_values_moved
@@ -106,11 +174,34 @@ class MixingRun:
         """What a checkpoint keeps of it."""
         return {"values_moved": self.values_moved, "bytes_exchanged": self.bytes_exchanged, "moved": self.window}
 
+    def mixer_state(self) -> dict[str, Any]:
+        """What the method itself has to keep beside the members; empty for most."""
+        return {} if self.mixer is None or isinstance(self.mixer, WashMixer) else self.mixer.state_dict()
+
+    def load(self, state: dict[str, Any] | None) -> None:
+        """
+        Take up a [`mixer_state`], on the same or another number of processes.
+
+        Raises:
+            ValueError: if it is none of this method's, or is missing.
+        """
+        if not self.mixer_state():
+            return
+        if state is None:
+            raise ValueError(f"the checkpoint does not hold the state of {self._method.title}")
+        try:
+            self.mixer.load_state_dict(state)  # type: ignore[union-attr] # a method with a state has a mixer
+        except Exception as error:  # whatever torch makes of another state
+            raise ValueError(
+                f"the checkpoint holds another state than one of {self._method.title} ({error})"
+            ) from error
+
     def resume(self, values_moved: int, bytes_exchanged: int, window: list[int]) -> None:
         """Count on from a checkpoint."""
         self.values_moved, self.bytes_exchanged, self.window = values_moved, bytes_exchanged, list(window)
 
     def synchronize(self) -> None:
         """On a GPU a shuffle's verdict is read one call later, which may never come: read it now."""
-        if self.mixer is not None:
-            self.mixer.synchronize()
+        synchronize = getattr(self.mixer, "synchronize", None)
+        if synchronize is not None:
+            synchronize()

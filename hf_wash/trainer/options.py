@@ -2,10 +2,16 @@
 The options of a run as its checkpoints keep them, and which of those that were changed take effect in a run that goes on.
 """
 
+import importlib.metadata
 import json
+import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..config import PopulationArguments
 from ..population import MemberOverrides
@@ -20,7 +26,7 @@ _NOT_KEPT = {
     "include_num_input_tokens_seen", "push_to_hub", "do_train", "do_eval", "do_predict", "resume_from_checkpoint",
     "local_rank", "use_cpu", "skip_memory_metrics", "debug", "dataloader_pin_memory", "dataloader_prefetch_factor",
     "torch_empty_cache_steps", "save_strategy", "save_total_limit", "save_on_each_node", "save_only_model",
-    "enable_jit_checkpoint", "average_tokens_across_devices",
+    "enable_jit_checkpoint", "average_tokens_across_devices", "dry_run", "verify_checkpoint",
 }  # fmt: skip
 _NOT_KEPT_PREFIXES = ("hub_", "trackio_", "ddp_", "log_")
 
@@ -59,6 +65,42 @@ def recorded(args: PopulationArguments) -> dict[str, dict[str, Any]]:
 def _plain(value: Any) -> Any:
     # What JSON does not know is told from another by its representation, as far as that is the same in another process.
     return json.loads(json.dumps(without_secrets(value), default=lambda item: re.sub(r" at 0x\w+", "", repr(item))))
+
+
+# Compared elsewhere, and so a part of the run all the same.
+_OF_THE_RUN = ("population_size", "seed", "use_cpu")
+
+
+def command_of_replay(arguments: Sequence[str], checkpoint: str) -> str:
+    """
+    The command line that verifies a checkpoint, for strangers: without secrets, folders of this machine, and what only
+    says where a run is written and reported.
+
+    Args:
+        arguments (`Sequence[str]`): The script of the run, which takes `--verify_checkpoint`, and its arguments.
+        checkpoint (`str`): The checkpoint.
+    """
+    groups: list[list[str]] = [[]]
+    for argument in arguments[1:]:
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            groups.append([name, value] if equals else [name])
+        else:
+            groups[-1].append(argument)
+    kept = [arguments[0]]
+    for flag, *values in (group for group in groups if group):
+        name = flag.lstrip("-").replace("-", "_")
+        dropped = name.startswith(_NOT_KEPT_PREFIXES) or (name in _NOT_KEPT and name not in _OF_THE_RUN)
+        if not dropped and not any(is_secret(name, value) for value in values):
+            kept += [flag, *(Path(value).name if os.path.isabs(value) else value for value in values)]
+    return shlex.join(["python", *kept, "--verify_checkpoint", checkpoint])
+
+
+def made_with(device: torch.device) -> dict[str, Any]:
+    """What the bits of a run depend on beside its options: versions, threads and the kind of device."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {**versions, "number of threads": torch.get_num_threads(), "device": name}
 
 
 def compare(

@@ -10,13 +10,12 @@ from torch import nn
 from transformers import Trainer
 
 from ..config import WashConfig
-from ..mixing import WashMixer
 from ..population import MemberOverrides, Population
 from ..soup import GreedySoupRecord
 from .data import MemberBatches
 from .log import MemberLog
 from .member import Member
-from .mixing_run import MixingRun
+from .mixing_run import Mixer, MixingRun
 from .served_soup import ServedSoup
 
 
@@ -34,10 +33,13 @@ class Part(Trainer):
     _mixing: MixingRun | None
     _member_log: MemberLog | None
     _resume: dict[str, Any] | None
+    # A part of a run that is done once more: the checkpoint it is to make, and what was found.
+    _replay: dict[str, Any] | None = None
     # The identity of the run: made when it begins, kept when it goes on.
     _run: str | None = None
     _trainings: int
     _total_steps: int
+    _steps_per_epoch: int
 
     @property
     def mixing(self) -> MixingRun:
@@ -49,8 +51,8 @@ class Part(Trainer):
         self._mixing = run
 
     @property
-    def mixer(self) -> WashMixer | None:
-        """The run's [`WashMixer`]; `None` before training and for one member."""
+    def mixer(self) -> Mixer | None:
+        """The run's mixer, a [`WashMixer`] unless `mixing` says otherwise; `None` before training and for one member."""
         return self._mixing.mixer if self._mixing is not None else None
 
     @property
@@ -96,6 +98,7 @@ class Part(Trainer):
         def _become(self, model: nn.Module, member: Member | None = None) -> None: ...
         def _as_soup(self) -> contextlib.AbstractContextManager[None]: ...
         def _serve_soup(self) -> None: ...
+        def save_members(self, output_dir: str | None = None) -> None: ...
 
 
 def _begun(what: Any) -> Any:

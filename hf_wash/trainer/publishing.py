@@ -4,6 +4,7 @@
 What is in them is `hub`'s work; here is when they are written, and by which process.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..hub.push import (
 )
 from ..hub.record import last_evaluation, write_record
 from . import checkpoint as checkpoints
+from . import options
 from .part import Part
 
 
@@ -32,6 +34,10 @@ logger = logging.get_logger(__name__)
 
 class Publishing(Part):
     """The part of a population's Trainer that speaks to the Hub."""
+
+    # A script that takes `--verify_checkpoint` says so by its name and arguments, as `sys.argv` has them: the card then
+    # tells how a checkpoint of the run is replayed.
+    replay_command: Sequence[str] | None = None
 
     # The message with which Trainer's `save_model` pushes by itself (5.23).
     _PUSH_OF_SAVE_MODEL = "Model save"
@@ -145,11 +151,29 @@ class Publishing(Part):
             greedy=self.greedy_record,
             left_out=sorted(self.soup.left_out),
             probability=self.mixing.probability if self._mixing is not None else self.args.shuffle_probability,
+            times=self.mixing.times if self._mixing is not None else None,
             ask_hub=ask_hub,
             batch_size=self.get_total_train_batch_size(self.args),
             datasets=(self.train_dataset, self.eval_dataset),
             card=self._given_for_card(),
+            replay=self._how_to_replay(),
         )
+
+    def _how_to_replay(self) -> dict[str, Any] | None:
+        """How a checkpoint of this run is verified; `None` where it has kept none, or its script is not known."""
+        kept = checkpoints.runs_in(self.args.output_dir).get(self._run or "", []) if self.replay_command else []
+        if not self.replay_command or not kept:
+            return None
+        strategy = self.args.hub_strategy if self.args.push_to_hub else None
+        if strategy == HubStrategy.CHECKPOINT:
+            names = ["last-checkpoint"]
+        else:
+            names = [path.name for path in kept]
+        return {
+            "command": options.command_of_replay(self.replay_command, names[0]),
+            "checkpoints": names,
+            "published": strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS),
+        }
 
     def push_to_hub(
         self,
@@ -267,4 +291,9 @@ class Publishing(Part):
     @staticmethod
     def _is_for_resuming(name: str) -> bool:
         """Whether a file of a checkpoint serves to resume from it, not to use its model."""
-        return name.startswith("member_") or name in (checkpoints.MANIFEST, checkpoints.FROZEN, "trainer_state.json")
+        return name.startswith("member_") or name in (
+            checkpoints.MANIFEST,
+            checkpoints.FROZEN,
+            checkpoints.MIXER,
+            "trainer_state.json",
+        )

@@ -172,6 +172,36 @@ def test_a_dry_run_of_two_processes_says_it_once(launch, train_vit_script, tmp_p
     assert completed.stdout.count("2 members × 4 steps of 16 samples, 2 processes") == 1
 
 
+def test_a_checkpoint_is_verified_or_what_differs_is_named(run_here):
+    kept = ("--save_strategy", "steps", "--save_steps", "2")
+    folder, _ = run_here(*kept)
+    verdicts = {}
+    for code, flags in ((0, ()), (1, ("--learning_rate", "0.1"))):
+        printed = []
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(
+                sys.modules["train_vit"], "print", lambda *parts, to=printed: to.extend(parts), raising=False
+            )
+            run_here(*kept, *flags, "--verify_checkpoint", str(folder / "checkpoint-2"), "--push_to_hub")
+        assert ended.value.code == code
+        verdicts[code] = "\n".join(printed)
+    assert "identical: replayed from the beginning of the run to step 2" in verdicts[0]
+    assert "at step 2" in verdicts[1] and "learning_rate was 0.001 and is 0.1" in verdicts[1]
+    with pytest.raises(SystemExit, match=r"train_vit\.py: error: Cannot replay: there is no folder `nowhere`"):
+        run_here("--verify_checkpoint", "nowhere")
+    with pytest.raises(SystemExit, match="leave --dry_run and --resume_from_checkpoint out"):
+        run_here("--verify_checkpoint", "nowhere", "--dry_run")
+    # The card says how, as far as that is everybody's business.
+    card = (folder / "README.md").read_text()
+    command = next(line for line in card.splitlines() if "--verify_checkpoint" in line)
+    assert command == (
+        "python examples/train_vit.py --population_size 2 --max_steps 4 --per_device_train_batch_size 16 "
+        "--max_train_samples 128 --max_eval_samples 40 --use_cpu --save_steps 2 --verify_checkpoint checkpoint-4"
+    )
+    plain, _ = run_here()
+    assert "--verify_checkpoint" not in (plain / "README.md").read_text()
+
+
 def test_independent_members_start_apart(run_here, train_vit):
     folder, printed = run_here("--mixing", "independent", "--same_init", "False")
     assert "mixing: independent" in printed

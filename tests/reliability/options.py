@@ -34,8 +34,10 @@ NAME = {
 }
 
 OF_SORT = {
-    **dict.fromkeys(("population_size", "shuffle_interval", "soup_batch_norm_batches"), WHOLE),
-    **dict.fromkeys(("shuffle_probability", "shuffle_start", "shuffle_stop", "soup_holdout"), FRACTION),
+    **dict.fromkeys(("population_size", "shuffle_interval", "average_interval", "soup_batch_norm_batches"), WHOLE),
+    **dict.fromkeys(
+        ("shuffle_probability", "shuffle_start", "shuffle_stop", "average_rate", "soup_holdout"), FRACTION
+    ),
     **dict.fromkeys(("shuffle_optimizer_state", "same_init", "evaluate_members", "push_members"), TRUTH),
     **dict.fromkeys(("mixing", "shuffle_schedule", "member_data", "soup", "soup_batch_norm"), NAME),
 }

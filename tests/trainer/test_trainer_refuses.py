@@ -17,7 +17,7 @@ from hf_wash.config import ENOUGH_SHUFFLES
         ("shuffle_probability", -0.1, "between 0 and 1"),
         ("shuffle_probability", float("nan"), "between 0 and 1"),
         ("shuffle_schedule", "rising", "'decreasing', 'constant', 'increasing'"),
-        ("mixing", "papa", "'wash', 'independent'"),
+        ("mixing", "papa_3", "'wash', 'papa', 'papa_all', 'papa_2', 'dart'"),
         ("population_size", 0, "at least 1"),
         ("shuffle_interval", 0, "at least 1"),
         ("shuffle_start", 0.9, None),

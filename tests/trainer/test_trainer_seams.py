@@ -92,6 +92,17 @@ def test_an_exchange_hangs_on_the_optimizers_step_before_anything_is_logged_or_s
     assert step < event < source.index("self._maybe_log_save_evaluate(")
 
 
+def test_the_loop_clears_gradients_after_the_schedulers_turn_in_every_step_and_before_anything_else():
+    """What averages hangs on it: PAPA's pull goes by the rate that the scheduler has just set."""
+    source = inspect.getsource(Trainer._run_epoch)
+    step, schedule = source.index("self.optimizer.step()"), source.index("self.lr_scheduler.step()")
+    lines = source[schedule:].splitlines()
+    after = next(line for line in lines[1:] if line.strip())
+    assert step < schedule and after.strip() == "model.zero_grad()" and source.count(".zero_grad()") == 1
+    # Not inside of what asks whether the scheduler steps at all.
+    assert source.splitlines()[source[:step].count("\n")].index("self.") == after.index("model.")
+
+
 def test_the_loop_asks_for_its_loader_once_and_takes_the_prepared_one():
     """The members' loaders are put in the place of that one call."""
     source = inspect.getsource(Trainer._inner_training_loop)

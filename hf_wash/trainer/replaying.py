@@ -144,12 +144,12 @@ class Replaying(Part):
                 args.push_members = args.save_only_model = False
                 self.callback_handler.callbacks = replays.taking_part(self.callback_handler.callbacks)
                 if not keep_optimizer:
-                    vars(self).update(optimizer=None, lr_scheduler=None)
+                    self.__dict__.update(optimizer=None, lr_scheduler=None)
                 self.soup, self._trainings, self._resume = ServedSoup(), 0, None
                 self._mixing = self._member_log = None
                 self._become(population.members[0], self.members[0])
                 own_collator: Any = vars(self)["data_collator"]
-                vars(self)["data_collator"] = dry_run.copy_of_collator(own_collator, population.members[0])
+                self.__dict__["data_collator"] = dry_run.copy_of_collator(own_collator, population.members[0])
                 self._overrides = [
                     replace(own, data_collator=dry_run.copy_of_collator(own.data_collator, population.members[0]))
                     for own in self._overrides

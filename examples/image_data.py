@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from glyph_data import is_glyphs, load_glyphs, parse_glyphs
 from PIL import Image as PilImage
 from torchvision.transforms import v2 as transforms
 from transformers.utils import logging
@@ -43,8 +44,19 @@ class DataArguments:
         default=None,
         metadata={"help": "A folder with one folder of images for each class, or train/ and test/ with such folders."},
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, if it has several."})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "A data set on the Hub; or glyphs-short, glyphs-long or glyphs, which are drawn from fonts, not "
+            "downloaded."
+        },
+    )
+    dataset_config_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Its configuration, if it has several; of glyphs, what differs, as in train_size=1000,seed=3."
+        },
+    )
     train_split: str = field(default="train", metadata={"help": "The split to train on."})
     eval_split: str | None = field(
         default=None,
@@ -70,8 +82,9 @@ class DataArguments:
         default=None,
         metadata={
             "help": "What training images undergo. crop: a random part, resized, and mirrored half of the time; shift: "
-            "small shifts, turns and zooms; none. By default shift for the digits, crop for the rest.",
-            "choices": ["crop", "shift", "none"],
+            "small shifts, turns and zooms; pad: padded by an eighth, and a random part of the size cut out; none. By "
+            "default shift for the digits, pad for glyphs, crop for the rest.",
+            "choices": ["crop", "shift", "pad", "none"],
         },
     )
 
@@ -102,6 +115,13 @@ class ImageData:
         """The classes' names, in the order of their numbers."""
         return self.train.features[self.label_column].names
 
+    @property
+    def augmentation(self) -> str:
+        """What training images undergo unless `--augmentation` says otherwise; characters are not mirrored."""
+        if self.name.startswith(DIGITS):
+            return "shift"
+        return "pad" if is_glyphs(self.name) else "crop"
+
 
 def load_digits() -> Dataset:
     """The 1,797 handwritten digits of 8×8 pixels that scikit-learn ships: nothing is downloaded."""
@@ -125,6 +145,8 @@ def load_splits(arguments: DataArguments, token: str | None = None) -> DatasetDi
         return DatasetDict({"train": load_digits()})
     if arguments.data_dir and not os.path.isdir(arguments.data_dir):
         raise ValueError(f"--data_dir must be a folder, and {arguments.data_dir!r} is none.")
+    if arguments.dataset_name and is_glyphs(arguments.dataset_name):
+        return load_glyphs(*parse_glyphs(arguments.dataset_name, arguments.dataset_config_name))
     try:
         if arguments.data_dir:
             loaded = datasets.load_dataset("imagefolder", data_dir=arguments.data_dir)
@@ -431,9 +453,9 @@ def load_data(arguments: DataArguments, token: str | None = None) -> ImageData:
         name = arguments.dataset_name or DIGITS
     return ImageData(
         name=name,
-        hub_id=arguments.dataset_name
-        if arguments.dataset_name and not os.path.exists(arguments.dataset_name)
-        else None,
+        hub_id=None
+        if not arguments.dataset_name or os.path.exists(arguments.dataset_name) or is_glyphs(arguments.dataset_name)
+        else arguments.dataset_name,
         train=train,
         eval=evaluation,
         image_column=image_column,
@@ -491,7 +513,7 @@ class TrainingView(EvaluationView):
         image_column, label_column (`str`):
             The names of the columns.
         augmentation (`str`):
-            `"crop"`, `"shift"` or `"none"`.
+            `"crop"`, `"shift"`, `"pad"` or `"none"`.
     """
 
     def __init__(self, processor: Any, image_column: str, label_column: str, augmentation: str):
@@ -513,6 +535,7 @@ class TrainingView(EvaluationView):
                     interpolation=transforms.InterpolationMode.BILINEAR,
                 ),
             ],
+            "pad": [transforms.Resize(size), transforms.RandomCrop(size, padding=[size[1] // 8, size[0] // 8])],
             "none": [transforms.Resize(size)],
         }[augmentation]
         self.change = transforms.Compose(change)

@@ -7,6 +7,7 @@ soup: one model, to be used like any other.
     python examples/train_vit.py --data_dir photos/                 # one folder of images for each class
     python examples/train_vit.py --data_dir photos/ --dry_run       # what is wrong, and what it will cost
     python examples/train_vit.py --dataset_name cifar10 --model_name_or_path google/vit-base-patch16-224-in21k
+    python examples/train_vit.py --dataset_name glyphs-short        # letters, digits and symbols, drawn from fonts
     python examples/train_vit.py --timm_architecture resnet18       # any timm model, from scratch
     torchrun --nproc-per-node 2 examples/train_vit.py               # two processes, a member or more in each
 
@@ -26,6 +27,7 @@ from typing import Any, NoReturn
 import datasets
 import timm
 import torch
+from glyph_data import SIDE, is_glyphs
 from image_data import DIGITS, DataArguments, EvaluationView, ImageData, TrainingView, load_data
 from transformers import (
     AutoConfig,
@@ -70,7 +72,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Side, in pixels, of the images that a model from scratch sees. By default 16 for the digits (32 "
-            "with timm), 64 for other data, and for other data with timm what the architecture was made for."
+            "with timm), 32 for glyphs, 64 for other data, and for other data with timm what the architecture was made for."
         },
     )
 
@@ -249,13 +251,14 @@ def small_vit_recipe(label_names: list[str], image_size: int) -> Recipe:
 
 def choose_recipe(arguments: ModelArguments, data: ImageData, hub: dict[str, Any] | None = None) -> Recipe:
     """The model that the arguments name, for the labels of the data."""
-    digits = data.name == DIGITS
+    # The side of images that are small, and whole as they are.
+    small = 16 if data.name == DIGITS else SIDE if is_glyphs(data.name) else None
     if arguments.model_name_or_path:
         return pretrained_recipe(arguments.model_name_or_path, data.label_names, hub or {})
     if arguments.timm_architecture:
-        size = arguments.image_size or (32 if digits else None)
-        return timm_recipe(arguments.timm_architecture, data.label_names, size, whole_image=digits)
-    return small_vit_recipe(data.label_names, arguments.image_size or (16 if digits else 64))
+        size = arguments.image_size or (32 if small else None)
+        return timm_recipe(arguments.timm_architecture, data.label_names, size, whole_image=small is not None)
+    return small_vit_recipe(data.label_names, arguments.image_size or small or 64)
 
 
 def results_table(metrics: dict[str, float]) -> str:
@@ -345,7 +348,7 @@ def prepare(arguments: list[str] | None = None) -> tuple[WashTrainer, ImageData,
     with config.main_process_first(desc="loading the model"):
         recipe = choose_recipe(model_arguments, data, hub)
     columns = (data.image_column, data.label_column)
-    augmentation = data_arguments.augmentation or ("shift" if data.name == DIGITS else "crop")
+    augmentation = data_arguments.augmentation or data.augmentation
     trainer = WashTrainer(
         model_init=recipe.model_init,
         args=config,

@@ -5,7 +5,7 @@ What is in them is others' business. Needs nothing but Python.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -68,3 +68,37 @@ def write_whole(path: str | Path, content: bytes) -> None:
         staged = scratch / "file"
         staged.write_bytes(content)
         os.replace(staged, path)
+
+
+@contextmanager
+def filled_whole(folder: str | Path, is_stale: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
+    """
+    A fresh folder to write to, whose files appear in `folder` when the block ends: all at once in a new folder, else one
+    by one, each whole. If the block fails there is nothing of it, and what was there stays.
+
+    Args:
+        folder (`str` or `Path`): Made if it is not there. Links in it are replaced, not followed.
+        is_stale (`Callable`, *optional*): Whether a file of that name that lies there goes, unless it is replaced.
+
+    Raises:
+        ValueError: if what is to be replaced is no file.
+    """
+    folder = Path(folder)
+    is_new = not folder.exists()
+    # Within a folder that is there: beside it may be another disk, or a place where nobody may write.
+    with scratch_beside(folder if is_new else folder / "any") as scratch:
+        staged = scratch / "written"
+        staged.mkdir()
+        yield staged
+        if is_new:
+            os.rename(staged, folder)
+            return
+        written = [path.relative_to(staged) for path in sorted(staged.rglob("*")) if not path.is_dir()]
+        for name in written:
+            is_file(folder / name)
+        for name in written:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staged / name, folder / name)
+        for path in folder.iterdir():
+            if is_stale(path.name) and path.is_file() and path.relative_to(folder) not in written:
+                path.unlink()

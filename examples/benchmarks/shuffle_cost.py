@@ -18,7 +18,9 @@ meets all alike. The median over rounds is reported, as seen by the slowest proc
 
 And in percent of the bytes of what is shuffled, memory: the most that one `mix()` and the plan ahead take beside it.
 
-A second table has the mixers that average: one exchange of each, and a bare collective of as many bytes.
+A second table has the mixers that average: one exchange of each, a bare collective of as many bytes, and their floor,
+which is this collective with one read and one write of what is averaged (of SPARTA, of as many single values). The three
+are measured in turn, by the clock and as processor's time, which other work on the machine disturbs less.
 """
 
 import argparse
@@ -71,15 +73,20 @@ def build(name: str) -> nn.Module:
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
     """How long a call takes, started together on all processes."""
+    return clocks(call, device)[0]
+
+
+def clocks(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """How long a call takes, started together on all processes, and how long this process's threads compute."""
     if dist.is_initialized():
         dist.barrier()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     call()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - busy
 
 
 class Floor:
@@ -250,54 +257,112 @@ def measure(name: str, probability: float, with_state: bool, rounds: int, device
     }
 
 
-def measure_averaging(name: str, rounds: int, device: torch.device, local: int) -> list[dict]:
-    """One exchange of each mixer that averages, beside a bare collective of as many bytes."""
-    torch.manual_seed(0)
-    members = [build(name).to(device) for _ in range(local)]
-    optimizer = torch.optim.SGD([p for member in members for p in member.parameters()], lr=0.1)
-    mixers = {
-        "local SGD": PeriodicAverageMixer(members, interval=1),
-        "PAPA": PapaMixer(members, optimizer, interval=1),
-        "PAPA-2": PairAverageMixer(members, interval=1),
-        "SPARTA": SpartaMixer(members, probability=0.005),
-        "DiLoCo": DilocoMixer(members, interval=1),
-    }
-    tensors = [p.detach() for member in members for p in member.parameters()]
-    bare: dict[int, torch.Tensor] = {}
+class Bare:
+    """What a mixer that averages cannot do without: a collective of as many bytes, and reading and writing members."""
 
-    def collective(what: str, sent: int) -> None:
-        if sent not in bare:
-            bare[sent] = torch.zeros(max(1, sent // 4), device=device)
-        values = bare[sent]
-        if what == "PAPA-2":
-            others = [len(values) * (process != dist.get_rank()) for process in range(dist.get_world_size())]
-            dist.all_to_all_single(torch.empty_like(values), values, others, others)
+    def __init__(self, what: str, tensors: list[torch.Tensor], size: int, values: int):
+        self.tensors, self.pairs = tensors, what == "PAPA-2"
+        self.bucket, self.incoming = (torch.zeros(max(1, size), device=tensors[0].device) for _ in range(2))
+        self.split = [size * (process != dist.get_rank()) for process in range(dist.get_world_size())]
+        self.few, self.values, self.generator = what == "SPARTA", values, np.random.default_rng(0)
+        if self.few:
+            # One array of the size of the model, on the host.
+            self.flat = np.zeros(sum(tensor.numel() for tensor in tensors), dtype=np.float32)
         else:
-            dist.all_reduce(values)
+            sizes = [tensor.numel() for tensor in tensors]
+            parts = self.bucket.new_zeros(sum(sizes)).split(sizes)
+            self.parts = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
-    rows = []
+    def begin(self) -> None:
+        """Other places than the last time, which would still be in the processor's cache."""
+        if self.few:
+            self.flat *= 1.0
+            self.places = np.sort(self.generator.integers(0, len(self.flat), self.values))
+
+    def collective(self) -> None:
+        if self.pairs:
+            dist.all_to_all_single(self.incoming, self.bucket, self.split, self.split)
+        else:
+            dist.all_reduce(self.bucket)
+
+    def floor(self) -> None:
+        """The collective, with one read and one write of what is averaged, and nothing checked."""
+        if self.few:
+            values = self.bucket.numpy()[: len(self.places)]
+            self.flat.take(self.places, out=values, mode="clip")
+            self.collective()
+            self.flat[self.places] = values
+            return
+        torch._foreach_copy_(self.parts, self.tensors)
+        self.collective()
+        torch._foreach_copy_(self.tensors, self.parts)
+
+
+def measure_averaging(name: str, rounds: int, device: torch.device) -> list[dict]:
+    """One exchange of each mixer that averages, beside a bare collective of as many bytes and its floor."""
+    torch.manual_seed(0)
+    member = build(name).to(device)
+    optimizer = torch.optim.SGD(member.parameters(), lr=0.1)
+    mixers = {
+        "local SGD": PeriodicAverageMixer(member, interval=1),
+        "PAPA": PapaMixer(member, optimizer, interval=1),
+        "PAPA-2": PairAverageMixer(member, interval=1),
+        "SPARTA": SpartaMixer(member, probability=0.005),
+        "DiLoCo": DilocoMixer(member, interval=1),
+    }
+    tensors = [p.detach() for p in member.parameters()]
+    world, rows = dist.get_world_size(), []
     for what, mixer in mixers.items():
         stats = mixer.mix(1)
         # A ring of W sends 2·(W − 1)/W of what is reduced.
-        world = dist.get_world_size()
         size = stats.bytes_sent if what == "PAPA-2" else stats.bytes_sent * world // (2 * (world - 1))
-        times: dict[str, list[float]] = {"mix": [], "collective": []}
-        for step in range(2, rounds + 3):
+        bare = Bare(what, tensors, size // 4, stats.values_moved)
+        times: dict[str, list[tuple[float, float]]] = {"collective": [], "floor": [], "exchange": []}
+        ahead = []
+        for step in range(2, rounds + 2):
             calls: dict[str, Callable[[], object]] = {
-                "mix": functools.partial(mixer.mix, step),
-                "collective": functools.partial(collective, what, size),
-            }
+                "collective": bare.collective, "floor": bare.floor, "exchange": functools.partial(mixer.mix, step),
+            }  # fmt: skip
             for kind in calls if step % 2 else reversed(calls):
+                bare.begin()
                 torch._foreach_mul_(tensors, 1.0)
-                times[kind].append(seconds(calls[kind], device))
-        ratios = [a / b for a, b in zip(times["mix"][1:], times["collective"][1:], strict=True)]
-        own = [statistics.median(times["mix"]), statistics.median(times["collective"]), statistics.median(ratios)]
+                times[kind].append(clocks(calls[kind], device))
+            if isinstance(mixer, SpartaMixer):
+                # In training it is drawn while the members compute.
+                begun = time.perf_counter()
+                mixer.prepare(step + 1)
+                ahead.append(1000 * (time.perf_counter() - begun))
         gathered: list = [None] * world
-        dist.all_gather_object(gathered, own)
-        mix, wire, ratio = (max(column) for column in zip(*gathered, strict=True))
-        rows.append({"model": name, "mixer": what, "bytes_sent": stats.bytes_sent, "mix_ms": 1000 * mix,
-                     "collective_ms": 1000 * wire, "ratio": ratio})  # fmt: skip
+        dist.all_gather_object(gathered, times)
+        row: dict[str, Any] = {"model": name, "mixer": what, "bytes_sent": stats.bytes_sent}
+        row["drawing_ahead_ms"] = statistics.median(ahead) if ahead else None
+        for kind in times:
+            # As long as the slowest process takes, and the processor's time of all of them.
+            every = np.array([own[kind] for own in gathered])  # process, round, clock
+            for clock, found in (("wall", every[..., 0].max(axis=0)), ("cpu", every[..., 1].sum(axis=0))):
+                low, quartile, median = (1000 * np.quantile(found, [0, 0.25, 0.5])).tolist()
+                row[f"{kind}_{clock}_ms"] = {"fastest": low, "quartile": quartile, "median": median}
+        rows.append(row)
     return rows
+
+
+def print_averaging(row: dict | None) -> None:
+    """A row of the second table, or its head."""
+    kinds = ["collective", "floor", "exchange"]
+    columns = [*kinds, "÷ collective", "÷ floor", "median: ÷ collective", "÷ floor",
+               *(f"CPU: {kind}" for kind in kinds), "÷ collective", "÷ floor"]  # fmt: skip
+    if row is None:
+        print(
+            "\nms: the lower quartile of the slowest process, and beside it the ratios of the medians. CPU: the lower "
+            f"quartile of\nall processes together.\n\n| model | mixer | MB sent | {' | '.join(columns)} |\n"
+            + "|---" * (3 + len(columns)) + "|"
+        )  # fmt: skip
+        return
+    cells = [row["bytes_sent"] / 1e6]
+    for clock, which, shown in (("wall", "quartile", True), ("wall", "median", False), ("cpu", "quartile", True)):
+        bare, floor, exchange = (row[f"{kind}_{clock}_ms"][which] for kind in kinds)
+        cells += [bare, floor, exchange] * shown + [exchange / bare, exchange / floor]
+    print(f"| {row['model']} | {row['mixer']} | {' | '.join(f'{cell:.3g}' for cell in cells)} |", flush=True)
 
 
 def main():
@@ -340,18 +405,12 @@ def main():
     averaging = []
     if distributed and local == 1:
         if first:
-            print(
-                "\n| model | mixer | MB sent | exchange | collective | exchange / collective |\n|---|---|---|---|---|---|"
-            )
+            print_averaging(None)
         for name in args.models:
-            for found in measure_averaging(name, args.rounds, device, local):
+            for found in measure_averaging(name, args.rounds, device):
                 averaging.append(found)
                 if first:
-                    print(
-                        f"| {name} | {found['mixer']} | {found['bytes_sent'] / 1e6:.3g} | {found['mix_ms']:.3g} | "
-                        f"{found['collective_ms']:.3g} | {found['ratio']:.2f} |",
-                        flush=True,
-                    )
+                    print_averaging(found)
     if first and args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump({"machine": machine, "results": results, "averaging": averaging}, file, indent=2)

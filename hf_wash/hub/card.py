@@ -165,7 +165,7 @@ class WashCard:
             if not any(key.startswith("eval_") for key in metrics):
                 metrics = last_evaluation(log_history)
         if members is None:
-            members = any((folder / place / "member_0").is_dir() for place in (LOCAL_MEMBERS, PUSHED_MEMBERS))
+            members = any(any((folder / place).glob("member_*/")) for place in (LOCAL_MEMBERS, PUSHED_MEMBERS))
         options = record.get("card", {})
         name = options.get("model_name") or (repo_id.split("/")[-1] if repo_id else folder.resolve().name)
         card = cls(

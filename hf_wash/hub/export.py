@@ -5,6 +5,7 @@ Loading it back to prove it is `check.py`'s work; the model card and the upload 
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ..files import filled_whole
 from .check import CannotCheck, check_export
 from .exported_weights import complete_weights, copy_on_cpu, weights_for_timm, weights_for_transformers
 from .isolation import quiet
@@ -54,8 +56,9 @@ def export_model(
     | `TimmWrapperForImageClassification`, timm model | `model.safetensors`, `config.json` (preprocessing in it) | these and `timm.create_model("local-dir:…", pretrained=True)` |
     | `PeftModel` | `adapter_model.safetensors`, `adapter_config.json`, `backbone_config.json` | `PeftModel.from_pretrained` |
 
-    Class names are kept for each loader, all weights are safetensors. An existing export of the same kind is replaced;
-    other files in the folder are left alone. The model is not changed: not its weights, its modes, its device, nor the
+    Class names are kept for each loader, all weights are safetensors. An existing export of the same kind is replaced
+    once the new one is written; other files in the folder are left alone. What fails or is interrupted before leaves the
+    folder as it was. The model is not changed: not its weights, its modes, its device, nor the
     state of any random generator.
 
     Args:
@@ -116,18 +119,19 @@ def export_model(
     if problem is not None:
         raise ValueError(problem)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    if kind == "timm":
-        _write_timm(model, folder, weights, processing_class)
-    elif kind == "peft":
-        _write_peft(model, folder, weights)
-    else:
-        saved: Any = model
-        with quiet(), writing_here(saved):
-            # A dict of its own: transformers 5 renames the keys of the one it gets to those of older checkpoints.
-            saved.save_pretrained(folder, state_dict=weights_for_transformers(saved, weights))
-    if kind != "timm" and processing_class is not None and not is_timm_processor(processing_class):
-        processing_class.save_pretrained(folder)
+    stale = {"timm": _STALE_FOR_TIMM, "peft": _NOTHING}.get(kind, _STALE_WEIGHTS)
+    with filled_whole(folder, lambda name: stale.fullmatch(name) is not None) as staged:
+        if kind == "timm":
+            _write_timm(model, staged, weights, processing_class)
+        elif kind == "peft":
+            _write_peft(model, staged, weights)
+        else:
+            saved: Any = model
+            with quiet(), writing_here(saved):
+                # A dict of its own: transformers 5 renames the keys of the one it gets to those of older checkpoints.
+                saved.save_pretrained(staged, state_dict=weights_for_transformers(saved, weights))
+        if kind != "timm" and processing_class is not None and not is_timm_processor(processing_class):
+            processing_class.save_pretrained(staged)
     if check:
         check_export(folder, model, state_dict=weights, processing_class=processing_class, example=example)
     return folder
@@ -154,6 +158,12 @@ def writing_here(model: Any) -> Iterator[None]:
     finally:
         del model.should_save_on_this_rank
 
+
+# What of an export before must not lie beside a new one: other weights, which loaders may take in the place of these, and
+# beside timm's the preprocessing of a model of transformers, which would be taken for this one's on the Hub.
+_WEIGHTS = r"model\.safetensors|model\.safetensors\.index\.json|model-\d{5}-of-\d{5}\.safetensors"
+_NOTHING, _STALE_WEIGHTS = re.compile(r"(?!)"), re.compile(_WEIGHTS)
+_STALE_FOR_TIMM = re.compile(rf"{_WEIGHTS}|preprocessor_config\.json")
 
 # What makes loaders take a folder for a complete model.
 _COMPLETE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -193,8 +203,6 @@ def _write_timm(model: Any, folder: Path, weights: Mapping[str, torch.Tensor], p
     config = timm_config(model, processing_class)
     save_file(weights_for_timm(weights), folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", config)
-    # Left by an earlier model of transformers, it would be taken for this one's preprocessing on the Hub.
-    (folder / "preprocessor_config.json").unlink(missing_ok=True)
 
 
 def _active_adapter(model: Any) -> str:

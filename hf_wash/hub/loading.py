@@ -13,7 +13,7 @@ from torch import nn
 from ..files import is_file
 from ..sentences import first_line
 from ..soup.weights import find_weight_files
-from .record import read_adapter_config, read_config
+from .record import RUN_RECORD, read_adapter_config, read_config, read_record
 
 
 # Kept by an export of an adapter beside it: the backbone as the adapter was trained on it, with its head and classes.
@@ -106,8 +106,9 @@ def load_members(
                 members[int(match.group(1))] = path
         if not members:
             continue
+        left_out = read_record(folder).get("soup", {}).get("left_out", [])
         for index in range(max(members)):
-            if index not in members:
+            if index not in members and index not in left_out:
                 raise ValueError(
                     f"{folder_or_repo} holds {name}/member_{max(members)} but no {name}/member_{index}: "
                     "without it the ensemble would not be that of the population."
@@ -138,7 +139,7 @@ def find_folder(
         token (`str` or `bool`, *optional*):
             Access token for the Hub.
         part (`str`, *optional*):
-            A folder of the repository to download instead of its root.
+            A folder of the repository to download instead of its root, with what the root says of the run.
 
     Raises:
         ValueError: if neither exists, or the Hub cannot be reached.
@@ -161,7 +162,7 @@ def find_folder(
             str(folder_or_repo),
             revision=revision,
             token=token,
-            allow_patterns=wanted if part is None else [f"{part}/*{pattern}" for pattern in wanted],
+            allow_patterns=wanted if part is None else [RUN_RECORD, *(f"{part}/*{pattern}" for pattern in wanted)],
             ignore_patterns=["members/*", "_members/*", "checkpoint-*"] if part is None else None,
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:

@@ -12,7 +12,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,9 @@ def push_folder(
     find_weight_files(folder)
     check_files(folder)
     # A folder that was trained into before may hold members of a larger population, too.
-    size = read_record(folder).get("population", {}).get("size")
-    beside = member_files(folder, size) if members else {}
+    record = read_record(folder)
+    size, left_out = record.get("population", {}).get("size"), record.get("soup", {}).get("left_out", [])
+    beside = member_files(folder, size, left_out) if members else {}
     command = ["hf-wash", "push", str(folder), repo_id, *["--members"] * members, *["--private"] * bool(private)]
     command += [] if revision is None else ["--revision", revision]
     failing = functools.partial(_failing_clearly, f"Pushing {folder} to {repo_id} failed", shlex.join(command))
@@ -146,24 +147,27 @@ def root_files(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in files.items() if path.is_file()}
 
 
-def member_files(folder: Path, count: int | None = None) -> dict[str, Path]:
+def member_files(folder: Path, count: int | None = None, left_out: Collection[int] = ()) -> dict[str, Path]:
     """
     The files of a run's members, by their path in the repository. A `ValueError` if there are none, or one is missing
-    of the `count` that there must be (as many as there are, if not given).
+    of the `count` that there must be (as many as there are, if not given), but for those that were `left_out`.
     """
     local = folder / LOCAL_MEMBERS
     if not local.is_dir() and (folder / PUSHED_MEMBERS).is_dir():
         return {}  # a repository's layout already: they are among the root's files
     found = {path.name for path in local.glob("member_*") if path.is_dir()}
-    wanted = range(len(found) if count is None else count)
-    missing = next((f"member_{index}" for index in wanted if f"member_{index}" not in found), None)
+    # No more than could be there and one: a record may claim any number.
+    most = len(found) + len(left_out) + 1
+    size = len(found) if count is None else min(count, most)
+    wanted = [f"member_{index}" for index in range(size) if index not in left_out]
+    missing = next((name for name in wanted if name not in found), None)
     if not wanted or missing is not None:
         raise ValueError(
             f"{folder} holds no members to push: expected them in {LOCAL_MEMBERS}/member_0 and so on"
             f"{f', and {missing} is missing' if missing and found else ''}. `WashTrainer.save_members` writes them."
         )
     files = {}
-    for name in (f"member_{index}" for index in wanted):
+    for name in wanted:
         find_weight_files(local / name)
         for path in sorted(local.joinpath(name).rglob("*")):
             # Each member is a model; who trained it how is said once, at the root.

@@ -39,7 +39,8 @@ _RECORD = {
         "average_rate": _NUMBER,
     },
     "exchange": {"bytes_exchanged": int, "values_moved": int},
-    "soup": {"method": str, "batch_norm": str, "ingredients": [str], "chosen": [int], "scores": [_NUMBER]},
+    "soup": {"method": str, "batch_norm": str, "ingredients": [str], "chosen": [int], "scores": [_NUMBER]}
+    | {"left_out": [int]},
     "training": {
         **dict.fromkeys(("steps", "seed", "data_seed", "batch_size", "gradient_accumulation_steps"), int),
         **dict.fromkeys(("epochs", "learning_rate", "warmup_steps", "weight_decay"), _NUMBER),

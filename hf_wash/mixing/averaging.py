@@ -7,10 +7,9 @@ adds is below: when, of what, and what becomes of the mean. Steps are counted fr
 
 import hashlib
 import itertools
-import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,11 +20,15 @@ from .outcome import ContagionError, MixStats, PlanMismatchError
 from .schedule import check_probability
 
 
-# At the head of a bucket: a check number of the step, its square, and how many processes want to stop. Four values, so
-# that what follows stays aligned.
-HEADER = 4
+# At the end of a bucket: a check number of the step, its square, how many processes want to stop, and how many have
+# members that must not be averaged.
+TRAILER = 4
+# A bucket travels in sections of at least so many values, one on its way while the next is filled.
+_SECTION = 2**22
+# On a CPU it is filled, checked and emptied in blocks of about so many, which stay in the processor's cache.
+_BLOCK = 2**18
 # Steps are compared by their remainder, small enough that sums of squares over any number of processes are exact.
-_REMAINDER = 257
+_REMAINDERS = {torch.float32: 257, torch.float64: 1_000_003}
 _OTHER_STEPS = (
     "The processes came to this exchange with different steps, and this process with step {step}. Every process has to "
     "call mix() once after every step. Nothing was written into any member."
@@ -48,11 +51,12 @@ class AveragingMixer:
     """
     A mixer whose exchange is a mean over all members of some of their values.
 
-    All values of an exchange travel in one bucket of one dtype (float32, or float64 where a tensor is), in one
-    all-reduce; the mean is accumulated there, so that half-precision members lose nothing by it. A step without an
-    exchange sends nothing. The result does not depend on how members are dealt to processes, up to rounding.
+    All values of an exchange travel in one bucket of one dtype (float32, or float64 where a tensor is), all-reduced in
+    a few large sections, one on its way while the next is filled; the mean is accumulated there, so that half-precision
+    members lose nothing by it. Nothing is written into a member before all has come. A step without an exchange sends
+    nothing. The result does not depend on how members are dealt to processes, up to rounding.
 
-    A method says when ([`AveragingMixer.is_due`]), of what (`_read`), and what becomes of the mean (`_apply`).
+    A method says when ([`AveragingMixer.is_due`]), and what becomes of the sum over all members (`_apply`).
 
     Args:
         members (`torch.nn.Module` or `list[torch.nn.Module]`):
@@ -96,6 +100,7 @@ class AveragingMixer:
             error, _ = agree(self._group, error, description, ())
         if error is not None:
             raise ValueError(error)
+        self._names = list(parameters[0])
         self._tensors: list[list[torch.Tensor]] = [list(own.values()) for own in parameters]
         if buffers:
             for own, member in zip(self._tensors, members, strict=True):
@@ -120,18 +125,10 @@ class AveragingMixer:
         """
         raise NotImplementedError
 
-    def _read(self, step: int) -> list[list[torch.Tensor]]:
-        """For each local member, the tensors that are averaged."""
-        return self._tensors
-
-    def _padding(self, size: int) -> int:
-        """Values that a bucket of `size` values is filled up with."""
-        return 0
-
-    def _apply(self, sums: list[torch.Tensor], step: int) -> None:
-        """Write into the members what follows from the sums over all members, one for each tensor that was read."""
-        for own in self._tensors:
-            for tensor, total in zip(own, sums, strict=True):
+    def _apply(self, blocks: Sequence["Block"], step: int) -> None:
+        """Write into the members what follows from the sums over all members."""
+        for block, own in itertools.product(blocks, self._tensors):
+            for tensor, total in zip(own[block.tensors], block.parts, strict=True):
                 if tensor.dtype == total.dtype:
                     torch.div(total, self._num_members, out=tensor)  # one pass over the memory
                 else:
@@ -184,64 +181,114 @@ class AveragingMixer:
         return self._exchange(step, stop)
 
     def _exchange(self, step: int, stop: bool) -> MixStats:
-        columns = self._read(step)
-        bucket, sums = self._sum(columns, step, stop)
-        waited = 0.0
-        if self._group is not None:
-            began = time.perf_counter()
-            dist.all_reduce(bucket, group=self._group)
-            waited = time.perf_counter() - began
-        stop = self._judge(bucket, columns, step)
-        self._apply(sums, step)
-        # What a ring sends: each process all but its own part, once to add up and once to hand out.
-        sent = 2 * (self._num_processes - 1) * bucket.nbytes // self._num_processes
-        return self._stats(columns, sent, stop, waited)
+        size = sum(tensor.numel() for tensor in self._tensors[0])
+        bucket = self._bucket(size + TRAILER)
+        blocks = list(self._blocks(bucket))
+        pending, extremes, gone = [], [bucket.new_zeros(())], 0
+        for block in blocks:
+            torch._foreach_copy_(block.parts, self._tensors[0][block.tensors])
+            for own in self._tensors[1:]:
+                torch._foreach_add_(block.parts, [tensor.to(self._dtype) for tensor in own[block.tensors]])
+            extremes += torch.aminmax(block.values)
+            if block.end - gone >= _SECTION and block.end < size:
+                pending.append(self._reduce(bucket[gone : block.end]))
+                gone = block.end
+        bucket[size:] = self._trailer(step, stop)
+        bucket[-1] = self._too_large(extremes)
+        pending.append(self._reduce(bucket[gone:]))
+        waited = self._wait(pending)
+        stop = self._judge(bucket[size:], step, lambda: [all(map(_is_finite, own)) for own in self._tensors])
+        self._apply(blocks, step)
+        nbytes = sum(tensor.nbytes for own in self._tensors for tensor in own)
+        return self._stats(size * len(self._members), nbytes, self._sent(bucket), stop, waited)
 
     # Whether an exchange leaves members with the mean of whole models.
     _averages = True
 
-    def _stats(self, columns: list[list[torch.Tensor]], sent: int, stop: bool, waited: float) -> MixStats:
-        values = sum(tensor.numel() for own in columns for tensor in own)
-        size = sum(tensor.numel() * tensor.element_size() for own in columns for tensor in own)
-        everywhere = values * self._num_processes, size * self._num_processes
-        return MixStats(values, size, sent, self._averages, stop, *everywhere, waited)
+    def _stats(self, values: int, nbytes: int, sent: int, stop: bool, waited: float) -> MixStats:
+        everywhere = values * self._num_processes, nbytes * self._num_processes
+        return MixStats(values, nbytes, sent, self._averages, stop, *everywhere, waited)
 
-    def _sum(
-        self, columns: list[list[torch.Tensor]], step: int, stop: bool
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The sum over local members in a bucket, behind its header, and the bucket's views of each tensor."""
-        sizes = [tensor.numel() for tensor in columns[0]]
-        padding = self._padding(sum(sizes))
-        length = HEADER + sum(sizes) + padding
+    def _bucket(self, length: int) -> torch.Tensor:
+        """Room for so many values; the same memory each time, since new memory costs more than a copy."""
         if self._room.numel() < length:
             self._room = torch.empty(length, dtype=self._dtype, device=self._device)
-        bucket = self._room[:length]
-        bucket[length - padding :] = 0
-        check = step % _REMAINDER
-        bucket[:HEADER] = torch.tensor([check, check * check, stop, 0], dtype=self._dtype)
-        parts = bucket[HEADER : length - padding].split(sizes)
-        sums = [part.view(tensor.shape) for part, tensor in zip(parts, columns[0], strict=True)]
-        torch._foreach_copy_(sums, columns[0])
-        for own in columns[1:]:
-            torch._foreach_add_(sums, [tensor.to(self._dtype) for tensor in own])
-        return bucket, sums
+        return self._room[:length]
 
-    def _judge(self, bucket: torch.Tensor, columns: list[list[torch.Tensor]], step: int) -> bool:
-        """Raises what a summed bucket gives reason for. Returns whether any process wants to stop."""
-        check, squares, stop, rest = torch.cat([bucket[: HEADER - 1], bucket.sum()[None]]).tolist()
+    def _blocks(self, bucket: torch.Tensor) -> Iterator["Block"]:
+        """Parts a bucket, which has values of all tensors one after the other."""
+        sizes = [tensor.numel() for tensor in self._tensors[0]]
+        enough = _BLOCK if self._device.type == "cpu" else _SECTION
+        first, begin, end = 0, 0, 0
+        for number, size in enumerate(sizes, 1):
+            end += size
+            if end - begin >= enough or (number == len(sizes) and end > begin):
+                values = bucket[begin:end]
+                parts = zip(values.split(sizes[first:number]), self._tensors[0][first:number], strict=True)
+                yield Block(slice(first, number), end, values, [part.view(like.shape) for part, like in parts])
+                first, begin = number, end
+
+    def _too_large(self, extremes: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Whether one of these is NaN, or so large that a sum over all processes could be infinite."""
+        return ~(torch.stack([*extremes]).abs().max() <= torch.finfo(self._dtype).max / self._num_processes)
+
+    def _trailer(self, step: int, stop: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What stands at the end of a bucket that is fine."""
+        dtype = dtype or self._dtype
+        check = step % _REMAINDERS[dtype]
+        return torch.tensor([check, check * check, stop, 0], dtype=dtype)
+
+    def _reduce(self, values: torch.Tensor) -> dist.Work | None:
+        return None if self._group is None else dist.all_reduce(values, group=self._group, async_op=True)
+
+    def _wait(self, pending: Sequence[dist.Work | None]) -> float:
+        """Waits for what is on its way. Returns for how many seconds."""
+        began = time.perf_counter()
+        for work in pending:
+            if work is not None:
+                work.wait()
+        return time.perf_counter() - began
+
+    def _sent(self, bucket: torch.Tensor) -> int:
+        """What a ring sends: each process all but its own part, once to add up and once to hand out."""
+        return 2 * (self._num_processes - 1) * bucket.nbytes // self._num_processes
+
+    def _judge(self, trailer: torch.Tensor, step: int, finite: Callable[[], list[bool] | str]) -> bool:
+        """
+        Raises what a summed trailer gives reason for. Returns whether any process wants to stop. Which of the local
+        members are `finite`, or what else is wrong with them, is asked only if some process has found something.
+        """
+        check, squares, stop, bad = trailer.tolist()
         if check * check != squares * self._num_processes:
             raise PlanMismatchError(_OTHER_STEPS.format(step=step))
-        if not math.isfinite(rest):
-            # Any NaN or infinity shows in the sum.
-            own = [all(bool(tensor.isfinite().all()) for tensor in column) for column in columns]
+        if bad:
+            own = finite()
             found: list = [own]
             if self._group is not None:
                 found = [None] * self._num_processes
                 dist.all_gather_object(found, own, group=self._group)
-            bad = [index for index, fine in enumerate(fine for part in found for fine in part) if not fine]
-            raise ContagionError(bad or range(self._num_members), step)
+            if told := next((part for part in found if isinstance(part, str)), None):
+                raise ValueError(told)
+            named = [index for index, fine in enumerate(fine for part in found for fine in part) if not fine]
+            raise ContagionError(named or range(self._num_members), step)
         self._stop_wanted = bool(stop)
         return bool(stop)
+
+
+class Block(NamedTuple):
+    """
+    A part of a bucket: which tensors it has values of, where it ends, the values as they lie there, and as views of the
+    tensors' shapes.
+    """
+
+    tensors: slice
+    end: int
+    values: torch.Tensor
+    parts: list[torch.Tensor]
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 class PeriodicAverageMixer(AveragingMixer):
@@ -375,17 +422,24 @@ class PairAverageMixer(PeriodicAverageMixer):
             for first in range(0, self._num_members, num_local)
         ]
         sizes = [tensor.numel() for tensor in self._tensors[0]]
-        # The members as they were, own ones first and then those that come; kept, since new memory costs more than a copy.
+        # The members as they were, own ones first and then those that come.
         coming = [parent for parent in needed[rank] if parent not in self._members]
         rows = [*self._members, *coming]
-        if self._room.numel() < len(rows) * length:
-            self._room = torch.empty(len(rows) * length, dtype=self._dtype, device=self._device)
-        room = self._room[: len(rows) * length].view(len(rows), length)
+        room = self._bucket(len(rows) * length).view(len(rows), length)
+        flat, fine = dict(zip(rows, room, strict=True)), []
         for row, own in zip(room, self._tensors, strict=False):
-            torch._foreach_copy_([part.view_as(t) for part, t in zip(row.split(sizes), own, strict=True)], own)
-        flat = dict(zip(rows, room, strict=True))
-        stop = self._judge_all([bool(row.sum().isfinite()) for row in room[:num_local]], step, stop)
-        sent, waited = 0, 0.0
+            extremes = [room.new_zeros(())]
+            for block in self._blocks(row):
+                torch._foreach_copy_(block.parts, own[block.tensors])
+                extremes += torch.aminmax(block.values)
+            fine.append(not self._too_large(extremes))
+        # Before anything travels, since with other steps other parents would.
+        trailer = self._trailer(step, stop, torch.float64)
+        trailer[-1] = not all(fine)
+        trailer = trailer.to(self._device)
+        waited = self._wait([self._reduce(trailer)])
+        stop = self._judge(trailer, step, lambda: fine)
+        sent = self._sent(trailer)
         if self._group is not None:
             leaving = [
                 [parent for parent in parents if parent in self._members and process != rank]
@@ -402,30 +456,20 @@ class PairAverageMixer(PeriodicAverageMixer):
                 [length * len(parents) for parents in leaving],
                 group=self._group,
             )
-            waited = time.perf_counter() - began
-            sent = outgoing.nbytes
+            waited += time.perf_counter() - began
+            sent += outgoing.nbytes
         for index, own in zip(self._members, self._tensors, strict=True):
-            parents = (flat[parent].split(sizes) for parent in pairs[index])
-            for tensor, one, other in zip(own, *parents, strict=True):
-                if tensor.dtype == self._dtype:
-                    torch.lerp(one.view_as(tensor), other.view_as(tensor), 0.5, out=tensor)
+            parents = [flat[parent].split(sizes) for parent in pairs[index]]
+            for tensor, *values in zip(own, *parents, strict=True):
+                one, other = (part.view_as(tensor) for part in values)
+                if tensor.dtype != self._dtype:
+                    tensor.copy_(one.lerp(other, 0.5))
+                elif index in pairs[index]:
+                    tensor.lerp_(one if index == pairs[index][1] else other, 0.5)  # less memory to read
                 else:
-                    tensor.copy_(one.view_as(tensor).lerp(other.view_as(tensor), 0.5))
-        return self._stats(self._tensors, sent, stop, waited)
-
-    def _judge_all(self, fine: list[bool], step: int, stop: bool) -> bool:
-        """Raises what any process gives reason for, before anything travels. Returns whether any wants to stop."""
-        said: list = [(step, stop, fine)]
-        if self._group is not None:
-            said = [None] * self._num_processes
-            dist.all_gather_object(said, (step, stop, fine), group=self._group)
-        if any(other != step for other, _, _ in said):
-            raise PlanMismatchError(_OTHER_STEPS.format(step=step))
-        bad = [index for index, well in enumerate(well for *_, part in said for well in part) if not well]
-        if bad:
-            raise ContagionError(bad, step)
-        self._stop_wanted = any(wants for _, wants, _ in said)
-        return self._stop_wanted
+                    torch.lerp(one, other, 0.5, out=tensor)
+        nbytes = sum(tensor.nbytes for own in self._tensors for tensor in own)
+        return self._stats(length * num_local, nbytes, sent, stop, waited)
 
 
 class PapaMixer(AveragingMixer):
@@ -500,16 +544,18 @@ class PapaMixer(AveragingMixer):
             batch %= self.steps_per_epoch
         return batch % self.interval == 0
 
-    def _apply(self, sums: list[torch.Tensor], step: int) -> None:
-        for own, group, base in zip(self._tensors, self._groups, self._base, strict=True):
-            assert group is not None
-            rate = min(1.0, self.rate * float(group["lr"]) / base)
-            if all(tensor.dtype == self._dtype for tensor in own):
-                torch._foreach_mul_(own, 1 - rate)
-                torch._foreach_add_(own, sums, alpha=rate / self._num_members)
-                continue
-            for tensor, total in zip(own, sums, strict=True):
-                tensor.copy_(tensor.to(self._dtype).mul_(1 - rate).add_(total, alpha=rate / self._num_members))
+    def _apply(self, blocks: Sequence[Block], step: int) -> None:
+        for block in blocks:
+            block.values.div_(self._num_members)
+            for column, group, base in zip(self._tensors, self._groups, self._base, strict=True):
+                assert group is not None
+                rate = min(1.0, self.rate * float(group["lr"]) / base)
+                own = column[block.tensors]
+                if all(tensor.dtype == self._dtype for tensor in own):
+                    torch._foreach_lerp_(own, block.parts, rate)  # one pass over the memory
+                    continue
+                for tensor, mean in zip(own, block.parts, strict=True):
+                    tensor.copy_(tensor.to(self._dtype).lerp(mean, rate))
 
 
 def _groups_of(members: Sequence[nn.Module], optimizers: Any) -> list[dict[str, Any] | None]:

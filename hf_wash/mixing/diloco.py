@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .averaging import HEADER, AveragingMixer, check_steps
+from .averaging import AveragingMixer, Block, check_steps
 
 
 class DilocoMixer(AveragingMixer):
@@ -48,7 +48,11 @@ class DilocoMixer(AveragingMixer):
             self._start = nn.Parameter(torch.cat([t.reshape(-1).to(self._dtype) for t in self._tensors[0]]))
         if self._group is not None:
             dist.broadcast(self._start.data, dist.get_global_rank(self._group, 0), group=self._group)
-        self._outer = torch.optim.SGD([self._start], lr=learning_rate, momentum=momentum, nesterov=momentum > 0)
+        # In one pass over the memory, a quarter of the time, where torch has it.
+        fused = self._device.type in ("cpu", "cuda")
+        self._outer = torch.optim.SGD(
+            [self._start], lr=learning_rate, momentum=momentum, nesterov=momentum > 0, fused=fused
+        )
 
     def _check(self) -> None:
         check_steps(self.interval, "interval")
@@ -61,14 +65,14 @@ class DilocoMixer(AveragingMixer):
         """Whether members exchange after a step, counted from 1."""
         return step % self.interval == 0
 
-    def _apply(self, sums: list[torch.Tensor], step: int) -> None:
+    def _apply(self, blocks: Sequence[Block], step: int) -> None:
         # In the bucket itself, where the sums lie one behind the other.
-        total = self._room[HEADER : HEADER + self._start.numel()]
-        self._start.grad = total.div_(-self._num_members).add_(self._start)
+        total = self._room[: self._start.numel()]
+        self._start.grad = torch.sub(self._start, total, alpha=1 / self._num_members, out=total)
         self._outer.step()
         self._start.grad = None
+        parts = self._start.data.split([tensor.numel() for tensor in self._tensors[0]])
         for own in self._tensors:
-            parts = self._start.data.split([tensor.numel() for tensor in own])
             torch._foreach_copy_(own, [part.view_as(tensor) for part, tensor in zip(parts, own, strict=True)])
 
     def state_dict(self) -> dict[str, Any]:

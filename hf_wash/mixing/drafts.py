@@ -1,24 +1,29 @@
 """What a mixer works out ahead, in a thread, while the members compute: the plan of a step, and what carries it out."""
 
 import atexit
+import functools
 import operator
 import os
 import queue
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
-from .exchange import DeviceShipment, HostShipment, Route, route
+from .exchange import DeviceShipment, HostShipment, Route
 from .memory import Selection, Views
-from .plan import Planner
 
 
-class Promise:
+T = TypeVar("T")
+
+
+class Promise(Generic[T]):
     """A draft that is made in a thread. An executor's future does more, at four times the price of all that is here."""
 
-    def __init__(self, make: "Callable[[], Draft]"):
-        self._make: Callable[[], Draft] | None = make
-        self._draft: Draft | None = None
+    def __init__(self, make: Callable[[], T]):
+        self._make: Callable[[], T] | None = make
+        self._draft: T | None = None
         self._failure: BaseException | None = None
         self._done = threading.Lock()
         self._done.acquire()
@@ -32,7 +37,7 @@ class Promise:
         self._make = None
         self._done.release()
 
-    def result(self) -> "Draft":
+    def result(self) -> T:
         """The draft, as soon as it is made; or its exception."""
         with self._done:
             pass
@@ -83,22 +88,15 @@ def _dismiss_all() -> None:
 Load = Callable[[Sequence[Views], Sequence[Route]], HostShipment | DeviceShipment]
 
 
-class Draft:
-    """The plan of a step and what it means for this process: all that can be worked out ahead."""
+class Draft(ABC):
+    """What a step selects, and what it means for this process: all that can be worked out ahead."""
 
-    def __init__(
-        self,
-        planner: Planner,
-        step: int,
-        views: Sequence[Views],
-        members: range,
-        num_processes: int,
-        load: Load,
-    ):
-        self.plan = planner.draw(step)
-        self._members = members
-        self._num_processes = num_processes
+    def __init__(self, views: Sequence[Views], load: Load):
         self._foreseen = self._ship(views, load)
+
+    @abstractmethod
+    def _route(self, selection: Selection) -> Route:
+        """The way of what is selected of some tensors."""
 
     def shipment(self, views: Sequence[Views], load: Load) -> HostShipment | DeviceShipment:
         """What carries these planes; made now if it is not what was foreseen, as for a state that is new."""
@@ -112,5 +110,66 @@ class Draft:
         routes: dict[Selection, Route] = {}
         for view in views:
             if view.selection not in routes:
-                routes[view.selection] = route(self.plan, view.selection, self._members, self._num_processes)
+                routes[view.selection] = self._route(view.selection)
         return load(views, [routes[view.selection] for view in views])
+
+
+D = TypeVar("D", bound=Draft)
+
+
+class Ahead(Generic[D]):
+    """
+    Has the draft of the step that probably comes next made in a thread, going by the distance between the last two.
+
+    What makes a draft must not refer to the mixer, or the thread would keep it alive.
+    """
+
+    def __init__(self) -> None:
+        self._last_step: int | None = None
+        self._interval = 1
+        self._promised: tuple[int, Promise[D]] | None = None
+        self._tasks: queue.SimpleQueue | None = None
+        self._thread: threading.Thread | None = None
+
+    def take(self, step: int) -> D | None:
+        """The draft of a step, if it was this step that was expected. It is handed out once."""
+        # Should the thread have failed, then the next call for this step draws anew.
+        promised, self._promised = self._promised, None
+        if promised is not None and promised[0] == step and self._thread_lives():
+            return promised[1].result()
+        return None
+
+    def expect(self, step: int, make: Callable[[int], D]) -> None:
+        """Has the draft made that follows on this step's. Called last of all, since the thread takes the interpreter."""
+        if self._last_step is not None and step > self._last_step:
+            self._interval = step - self._last_step
+        self._last_step = step
+        self._promise(step + self._interval, make)
+
+    def prepare(self, step: int, make: Callable[[int], D]) -> None:
+        """Has the draft of a step made, and waits for it."""
+        if self._promised is None or self._promised[0] != step or not self._thread_lives():
+            self._promise(step, make)
+        self.wait()
+
+    def wait(self) -> None:
+        """Waits for the draft that is being made, and raises what went wrong with it."""
+        if self._promised is not None:
+            try:
+                self._promised[1].result()
+            except BaseException:
+                self._promised = None
+                raise
+
+    def _promise(self, step: int, make: Callable[[int], D]) -> None:
+        if self._tasks is None or not self._thread_lives():
+            self._tasks, self._thread = hire(self)
+        # Now, not below: freeing tensors lets other threads in, and the one that draws would go first.
+        self._promised = None
+        promise: Promise[D] = Promise(functools.partial(make, step))
+        self._promised = (step, promise)
+        self._tasks.put(promise)
+
+    def _thread_lives(self) -> bool:
+        """Whether the thread that draws is there. In a process that was forked off it is not."""
+        return self._thread is not None and self._thread.is_alive()

@@ -80,14 +80,7 @@ def route(plan: Plan, selection: Selection, members: range, num_processes: int) 
     Returns:
         [`Route`]: The route of these tensors.
     """
-    tensors = selection.tensors
-    coordinates, cuts, picked = plan.coordinates, plan.offsets, None
-    if len(tensors) < len(plan.offsets) - 1:
-        ranges = [np.arange(plan.offsets[tensor], plan.offsets[tensor + 1]) for tensor in tensors]
-        picked = np.concatenate(ranges)
-        cuts = np.cumsum([0, *map(len, ranges)])
-        coordinates = coordinates[picked]
-
+    coordinates, cuts, picked = _of_tensors(plan.coordinates, plan.offsets, selection.tensors)
     num_local = len(members)
     offsets, counts, to_others, from_others = [], [], [], []
     for member, strided in zip(members, selection.strided, strict=True):
@@ -107,12 +100,7 @@ def route(plan: Plan, selection: Selection, members: range, num_processes: int) 
             own = member % num_local
             to_others.append(((process * num_local + own) * num_local + place).take(destinations))
             from_others.append(((process * num_local + place) * num_local + own).take(sources))
-        if strided:
-            given = given.copy()
-            for tensor, *layout in strided:
-                piece = given[given_cuts[tensor] : given_cuts[tensor + 1]]
-                piece[:] = storage_offsets(piece, *layout)
-        offsets.append(_compact(given))
+        offsets.append(_compact(_in_memory(given, given_cuts, strided)))
         counts.append(given_cuts[1:] - given_cuts[:-1])
 
     where = offsets[0] if num_local == 1 else np.concatenate(offsets)
@@ -131,6 +119,49 @@ def route(plan: Plan, selection: Selection, members: range, num_processes: int) 
         order[landing] = leaving
         return Route(where, how_many, order, None, sent, received, all_moved)
     return Route(where, how_many, leaving, landing, sent, received, all_moved)
+
+
+def route_of_means(coordinates: np.ndarray, cuts: np.ndarray, selection: Selection) -> Route:
+    """
+    The route of values that every local member gives at the same coordinates, and gets back at these.
+
+    Args:
+        coordinates (`numpy.ndarray`), cuts (`numpy.ndarray`):
+            As [`Planner.select`] gives them.
+        selection ([`Selection`]):
+            The tensors to be carried.
+
+    Returns:
+        [`Route`]: The route of these tensors. Nothing leaves the process by it.
+    """
+    given, cuts, _ = _of_tensors(coordinates, cuts, selection.tensors)
+    offsets = [_compact(_in_memory(given, cuts, strided)) for strided in selection.strided]
+    num_local, counts = len(offsets), cuts[1:] - cuts[:-1]
+    if num_local == 1:
+        return Route(offsets[0], counts, None, None, [len(given)], [len(given)], len(given))
+    values = num_local * len(given)
+    return Route(np.concatenate(offsets), np.tile(counts, num_local), None, None, [values], [values], values)
+
+
+def _of_tensors(
+    coordinates: np.ndarray, cuts: np.ndarray, tensors: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The coordinates of some tensors, where each tensor's start among them, and which they are: `None` for all."""
+    if len(tensors) == len(cuts) - 1:
+        return coordinates, cuts, None
+    ranges = [np.arange(cuts[tensor], cuts[tensor + 1]) for tensor in tensors]
+    picked = np.concatenate(ranges)
+    return coordinates[picked], np.cumsum([0, *map(len, ranges)]), picked
+
+
+def _in_memory(coordinates: np.ndarray, cuts: np.ndarray, strided: Sequence[tuple]) -> np.ndarray:
+    """Where coordinates lie in the memory of their tensors, of which some are not contiguous."""
+    if strided:
+        coordinates = coordinates.copy()
+        for tensor, *layout in strided:
+            piece = coordinates[cuts[tensor] : cuts[tensor + 1]]
+            piece[:] = storage_offsets(piece, *layout)
+    return coordinates
 
 
 def _key_type(num_keys: int) -> type[np.integer]:
@@ -187,9 +218,8 @@ class HostShipment:
         places = [view.places(path.offsets, path.counts) for view, path in zip(views, paths, strict=True)]
         if wire is None:
             for plane, (view, path, here) in enumerate(zip(views, paths, places, strict=True)):
-                assert path.leaving is not None
                 values = np.empty(len(here), dtype=_unsigned(view))
-                self._reads[plane].append((here[path.leaving], values))
+                self._reads[plane].append((here if path.leaving is None else here[path.leaving], values))
                 self._writes[plane].append((here, values))
             return
         layout = Messages(wire, 8 * header_words, _loads(views, paths), room)
@@ -274,6 +304,15 @@ class HostShipment:
         """Leaves all but the first planes as they are."""
         self.views, self.volumes = self.views[:num_planes], self.volumes[:num_planes]
         self._paths, self._writes = self._paths[:num_planes], self._writes[:num_planes]
+
+    def held(self) -> list[torch.Tensor]:
+        """
+        Where nothing leaves the process, the values of each plane between gathering and scattering, of shape
+        `(num_values,)`: what is written into them is what [`HostShipment.scatter`] writes.
+        """
+        planes = zip(self.views, self._writes, strict=True)
+        return [torch.from_numpy(values.view(f"i{view.plane.dtype.itemsize}")).view(view.plane.dtype)
+                for view, ((_, values),) in planes]  # fmt: skip
 
     def scatter(self) -> None:
         """Writes what has arrived to where as much was gathered."""
@@ -363,6 +402,10 @@ class DeviceShipment:
             for process in range(wire.size)
         ]
         return torch.stack(headers), sum(layout.send_sizes), waited
+
+    def held(self) -> list[torch.Tensor]:
+        self._arrived = self._values
+        return [values.view(view.plane.dtype) for view, values in zip(self.views, self._values, strict=True)]
 
     def ship(self, header: np.ndarray) -> tuple[torch.Tensor, int, float]:
         return self.exchange(self.gather(header))

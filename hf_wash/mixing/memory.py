@@ -59,6 +59,15 @@ class Selection(NamedTuple):
     strided: tuple[tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...], ...]
 
 
+def planes_of(layout: Sequence[Sequence[tuple[str | None, torch.dtype]]]) -> list[Plane]:
+    """Sorts the slots of all parameters into planes, in the same order on every process."""
+    tensors: dict[tuple[str | None, torch.dtype], list[int]] = {}
+    for number, slots in enumerate(layout):
+        for slot in slots:
+            tensors.setdefault(slot, []).append(number)
+    return [Plane(slot, dtype, tuple(tensors[slot, dtype])) for slot, dtype in sorted(tensors, key=str)]
+
+
 @dataclass(frozen=True, eq=False)
 class Views:
     """

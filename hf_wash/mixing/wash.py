@@ -6,9 +6,7 @@ What a caller uses is [`WashMixer`]; the statistics it returns and the errors it
 """
 
 import functools
-import queue
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,9 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 from .agreement import agree, architecture, check_members, processes
-from .drafts import Draft, Promise, hire
-from .exchange import DeviceShipment, HostShipment
-from .memory import Plane, Views, look
+from .drafts import Ahead, Draft, Load
+from .exchange import DeviceShipment, HostShipment, Route, route
+from .memory import Plane, Selection, Views, look, planes_of
 from .optimizer_state import Layout, OptimizerStates, common_layout, optimizer_name, trial_refusal
 from .outcome import ContagionError, MixStats, PlanMismatchError
 from .plan import PLAN_VERSION, Planner
@@ -138,7 +136,7 @@ class WashMixer:
         sizes = [parameter.numel() for parameter in self._parameters[0]]
         self._expected = [p * size for p, size in zip(self._probabilities, sizes, strict=True)]
         self._planner = Planner(seed, sizes, self._probabilities, self._num_members)
-        self._weights = _planes([[(None, parameter.dtype)] for parameter in self._parameters[0]])
+        self._weights = planes_of([[(None, parameter.dtype)] for parameter in self._parameters[0]])
         self._header_words = BAD + -(-len(members) // 64)
         self._wire = None
         if group is not None:
@@ -149,14 +147,10 @@ class WashMixer:
         self._unread: tuple[torch.Tensor, torch.cuda.Event, int, bytes] | None = None
         self._stop_seen = False
         self._agree_first = self._late and self._wire is not None and self._shuffle_optimizer_state
-        self._last_step: int | None = None
-        self._interval = 1
-        self._ahead: tuple[int, Promise] | None = None
+        self._ahead: Ahead[_WashDraft] = Ahead()
         self._carried: Layout | None = None
         self._views: dict[Plane, Views] = {}
         self._carry(self._agreed)
-        self._tasks: queue.SimpleQueue | None = None
-        self._thread: threading.Thread | None = None
 
     def _check(self, members, optimizers, probability, schedule, seed) -> dict[str, object]:
         """Checks what one process can check by itself. Returns what all of them have to agree on."""
@@ -229,13 +223,13 @@ class WashMixer:
         stats = self._mix(step, shuffle, bool(stop_requested))
         if shuffle:
             # Last of all: the thread that draws would take the interpreter away from what this one has yet to do.
-            self._draw_ahead(step)
+            self._ahead.expect(step, self._outline())
         return stats
 
     def _mix(self, step: int, shuffle: bool, stop_requested: bool) -> MixStats:
         state_changed = self._look_at_state()
         self._carry(self._agreed)
-        draft = self._draft(step) if shuffle else None
+        draft = (self._ahead.take(step) or self._outline()(step)) if shuffle else None
         digest = draft.plan.digest if draft else _NO_SHUFFLE
         shipment = self._shipment(draft, self._planes)
         if self._broken is not None:
@@ -302,14 +296,7 @@ class WashMixer:
         """
         if self._num_members == 1:
             return
-        if self._ahead is None or self._ahead[0] != step or not self._thread_lives():
-            self._submit(step)
-        assert self._ahead is not None
-        try:
-            self._ahead[1].result()
-        except BaseException:
-            self._ahead = None
-            raise
+        self._ahead.prepare(step, self._outline())
 
     def _look_at_state(self) -> bool:
         """Finds out which of the optimizers' state there is. Returns whether the other processes do not know yet."""
@@ -341,7 +328,7 @@ class WashMixer:
         if layout is self._carried:
             return
         self._carried = layout
-        self._planes = [*self._weights, *_planes(layout)]
+        self._planes = [*self._weights, *planes_of(layout)]
         num_local = len(self._members)
         room = 0
         for plane in self._planes:
@@ -384,7 +371,7 @@ class WashMixer:
         states, members = self._states, range(len(self._members))
         return [tensor for local in members for tensor in states.tensors(plane.slot, local, plane.tensors)]
 
-    def _shipment(self, draft: "Draft | None", planes: Sequence[Plane]) -> HostShipment | DeviceShipment:
+    def _shipment(self, draft: "_WashDraft | None", planes: Sequence[Plane]) -> HostShipment | DeviceShipment:
         """What carries these planes from where their tensors are now."""
         if draft is None:
             return self._load([], [])
@@ -396,38 +383,10 @@ class WashMixer:
             shipment = draft.shipment([self._views[plane] for plane in planes], self._load)
         return shipment
 
-    def _draft(self, step: int) -> "Draft":
-        """The plan of a step and its routes: those drawn ahead, if it was this step that was expected."""
-        # Taken at once: should the thread have failed, then the next call for this step draws anew.
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == step and self._thread_lives():
-            return ahead[1].result()
-        return Draft(*self._outline(step))
-
-    def _outline(self, step: int) -> tuple:
-        """What a draft is made from: nothing that refers to the mixer, so that the thread that draws cannot keep it."""
+    def _outline(self) -> Callable[[int], "_WashDraft"]:
+        """What makes a draft: nothing that refers to the mixer, so that the thread that draws cannot keep it."""
         views = [self._views[plane] for plane in self._planes]
-        return self._planner, step, views, self._members, self._num_processes, self._load
-
-    def _draw_ahead(self, step: int) -> None:
-        """Has the plan drawn that the next call will probably need, while the caller computes."""
-        if self._last_step is not None and step > self._last_step:
-            self._interval = step - self._last_step
-        self._last_step = step
-        self._submit(step + self._interval)
-
-    def _submit(self, step: int) -> None:
-        if self._tasks is None or not self._thread_lives():
-            self._tasks, self._thread = hire(self)
-        # Now, not below: freeing tensors lets other threads in, and the one that draws would go first.
-        self._ahead = None
-        promise = Promise(functools.partial(Draft, *self._outline(step)))
-        self._ahead = (step, promise)
-        self._tasks.put(promise)
-
-    def _thread_lives(self) -> bool:
-        """Whether the thread that draws is there. In a process that was forked off it is not."""
-        return self._thread is not None and self._thread.is_alive()
+        return functools.partial(_WashDraft, self._planner, views, self._members, self._num_processes, self._load)
 
     def _header(self, digest: bytes, step: int, flags: int) -> np.ndarray:
         words = np.zeros(self._header_words, dtype=np.int64)
@@ -475,10 +434,15 @@ class WashMixer:
         return MixStats(values, size, sent, False, stop, all_values, all_size, waited)
 
 
-def _planes(layout: Sequence[Sequence[tuple[str | None, torch.dtype]]]) -> list[Plane]:
-    """Sorts the slots of all parameters into planes, in the same order on every process."""
-    tensors: dict[tuple[str | None, torch.dtype], list[int]] = {}
-    for number, slots in enumerate(layout):
-        for slot in slots:
-            tensors.setdefault(slot, []).append(number)
-    return [Plane(slot, dtype, tuple(tensors[slot, dtype])) for slot, dtype in sorted(tensors, key=str)]
+class _WashDraft(Draft):
+    """The plan of a step and what it means for this process."""
+
+    def __init__(
+        self, planner: Planner, views: Sequence[Views], members: range, num_processes: int, load: Load, step: int
+    ):
+        self.plan = planner.draw(step)
+        self._members, self._num_processes = members, num_processes
+        super().__init__(views, load)
+
+    def _route(self, selection: Selection) -> Route:
+        return route(self.plan, selection, self._members, self._num_processes)

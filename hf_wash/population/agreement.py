@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..architecture import describe_architecture, unlike
+from ..sentences import shortened
 from .failures import known_to_all
 from .population import Population
 
@@ -53,7 +54,8 @@ def _compare(everyone: list[dict[str, Any]]) -> None:
         different += [name for name in theirs if name not in everyone[0]]
         if different:
             told = "; ".join(
-                f"{name}: {_short(everyone[0].get(name))} against {_short(theirs.get(name))}" for name in different
+                f"{name}: {shortened(everyone[0].get(name))} against {shortened(theirs.get(name))}"
+                for name in different
             )
             told = f"Processes 0 and {rank} do not agree, so the run would hang or go wrong. {told}."
             raise known_to_all(ValueError(told))
@@ -72,24 +74,12 @@ def check_together(population: Population, look: Callable[[], dict[str, Any]]) -
         Exception: on a process where `look` raised, its error; on the others a `ValueError`, or a `RuntimeError` where
             it was none, with that process's reason.
     """
-    facts: dict[str, Any] = {}
-    error: Exception | None = None
-    try:
-        facts = look()
-    except Exception as caught:  # whatever it was, the others must hear of it instead of waiting
-        error = caught
-    mistake = isinstance(error, ValueError)
-    outcomes = population.gather_processes(
-        (None if error is None else (mistake, f"{type(error).__name__}: {error}"), facts)
+    outcomes, error = population.try_together(
+        look, lambda error: (isinstance(error, ValueError), f"{type(error).__name__}: {error}")
     )
     if error is not None:
         raise known_to_all(error)
-    for rank, (failure, _) in enumerate(outcomes):
+    for rank, (_, failure) in enumerate(outcomes):
         if failure is not None:
             raise known_to_all((ValueError if failure[0] else RuntimeError)(f"Process {rank}: {failure[1]}"))
-    _compare([theirs for _, theirs in outcomes])
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    _compare([facts for facts, _ in outcomes])

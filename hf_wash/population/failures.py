@@ -3,13 +3,15 @@
 that does not come is named.
 
 A process that fails pins its reason to a board, the store by which the group was made (with `torchrun` the launcher
-holds it), and leaves the group, so that the others' collectives fail. These look at the board. Nothing of this costs
-anything while all goes well, and each wait in it has an end.
+holds it, else process 0, which stays until the others have looked), and leaves the group, so that the others'
+collectives fail. These look at the board. Nothing of this costs anything while all goes well, and each wait in it has
+an end.
 """
 
 import contextlib
 import functools
 import json
+import logging
 import os
 import threading
 import time
@@ -21,8 +23,11 @@ import torch.distributed as dist
 
 
 # Seconds: for all to fail alike, after which the group can be used on, or to turn out to be lost; for the others to hear
-# of a failure; for them to print it, since a launcher ends all when it sees one end; for a store that does not answer.
-ALIKE, HEARD, PRINTED, ANSWER = 2.0, 5.0, 0.5, 5.0
+# of a failure; longer where the store goes with this process, since they may be far from their next collective; for them
+# to print it, since a launcher ends all when it sees one end; for a store that does not answer.
+ALIKE, HEARD, STAYS, PRINTED, ANSWER = 2.0, 5.0, 60.0, 0.5, 5.0
+
+logger = logging.getLogger(__name__)
 
 _BOARD = "hf_wash/failures"
 # How many notes on a group's board belong to failures that are over.
@@ -94,11 +99,18 @@ def _tell(error: BaseException, where: str, timeout: float) -> str | None:
     del group
     # Whoever waits for this process, in whatever collective, is to hear of it.
     _within(ANSWER, dist.destroy_process_group)
+    # Where there is no launcher that does.
+    holds_the_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not lost:
-        board.look(others, HEARD)
+        heard = board.look(others, HEARD)
+        if holds_the_store and not others <= heard.keys():
+            logger.error(
+                f"{note['reason']} (at {where}). This process stays for up to {STAYS:g} s, until the others have heard of "
+                "it: the board where they look for the reason goes with it."
+            )
+            board.look(others, STAYS)
         time.sleep(PRINTED)
         return None
-    holds_the_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if holds_the_store or not any(theirs["reason"] for theirs in notes.values()):
         notes = board.look(others, ALIKE)
     reasons = [f"Process {number}: {theirs['reason']}" for number, theirs in sorted(notes.items()) if theirs["reason"]]

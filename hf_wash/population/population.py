@@ -103,14 +103,38 @@ class Population:
         dist.all_gather_object(parts, value)
         return parts
 
-    def do_together(self, what: str, work: Callable[[], Any], clean_up: Callable[[], None] = lambda: None) -> list:
+    def try_together(
+        self, work: Callable[[], Any], tell: Callable[[Exception], Any]
+    ) -> tuple[list[tuple[Any, Any]], Exception | None]:
+        """
+        *Collective.* Try what may fail on one process alone.
+
+        Args:
+            work (`Callable`): What this process has to do.
+            tell (`Callable`): What the others hear of its error.
+
+        Returns:
+            `tuple`: For each process, in the order of their ranks, what its `work` returned and what it tells of its
+            error, `None` for either; and this process's error, if any.
+        """
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as caught:  # whatever it was, the others must hear of it instead of waiting
+            error = caught
+        return self.gather_processes((result, None if error is None else tell(error))), error
+
+    def do_together(
+        self, what: str, work: Callable[[], Any], clean_up: Callable[[], None] = lambda: None, advice: str = ""
+    ) -> list:
         """
         *Collective.* Do what may fail on one process alone, so that no other one waits for it.
 
         Args:
             what (`str`): What is done, for the message.
             work (`Callable`): What this process has to do.
-            clean_up (`Callable`, *optional*): Called before the error is raised.
+            clean_up (`Callable`, *optional*): Called on every process before the error is raised.
+            advice (`str`, *optional*): What to do then, for the message.
 
         Returns:
             `list`: What each process's `work` returned, in the order of their ranks. Small: it is pickled.
@@ -118,16 +142,12 @@ class Population:
         Raises:
             RuntimeError: on every process, if it failed on any, with that process's reason.
         """
-        result, error = None, None
-        try:
-            result = work()
-        except Exception as caught:  # whatever it was, the others must hear of it instead of waiting
-            error = caught
-        outcomes = self.gather_processes((result, f"{type(error).__name__}: {error}" if error else None))
+        outcomes, error = self.try_together(work, lambda error: f"{type(error).__name__}: {error}")
         failures = [f"process {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
         if failures:
             clean_up()
-            raise known_to_all(RuntimeError(f"{what} failed ({'; '.join(failures)}).")) from error
+            said = f"{what} failed ({'; '.join(failures)}). {advice}".rstrip()
+            raise known_to_all(RuntimeError(said)) from error
         return [value for value, _ in outcomes]
 
     def broadcast(self, value, source: int = 0):

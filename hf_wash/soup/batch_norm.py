@@ -1,6 +1,6 @@
 """BatchNorm statistics of a soup, re-estimated on training data."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -43,7 +43,7 @@ def recalibrate_batch_norm(
             The soup.
         batches (iterable):
             Training batches: dictionaries as Trainer's data loaders give (passed by name, without their labels, since
-            no loss is needed), tuples or lists whose first element is the input, or tensors. The tensors are moved to
+            no loss is needed, unless the model does not answer without), tuples or lists whose first element is the input, or tensors. The tensors are moved to
             the model's device. Larger batches estimate better; a hundred are plenty.
         forward (`Callable[[torch.nn.Module, Any], Any]`, *optional*):
             Called as `forward(model, batch)` instead, with the batch as it came, where the model wants it otherwise.
@@ -114,12 +114,38 @@ def _measuring(model: nn.Module, layers: list[_BatchNorm]):
                     buffer.copy_(old)
 
 
+def forward_without_labels(
+    model: nn.Module, inputs: Mapping[str, Any], labels: Collection[str] = ("labels",), call: Callable | None = None
+) -> None:
+    """
+    Run a model by name without its labels, whose loss is of no use here: soft ones (mixup) are more than some losses
+    take. With them, if it does not answer without.
+
+    Args:
+        model (`nn.Module`): The model, whose BatchNorm statistics see the batch once.
+        inputs (`Mapping`): A batch.
+        labels (`Collection[str]`, *optional*, defaults to `("labels",)`): Names of labels.
+        call (`Callable`, *optional*): Called in the model's place: what is wrapped around it.
+    """
+    call = model if call is None else call
+    others = {name: value for name, value in inputs.items() if name not in labels}
+    buffers = [buffer for layer in _tracking_layers(model) for buffer in _statistics(layer)]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        call(**others)
+    except Exception:
+        if len(others) == len(inputs):
+            raise
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        call(**inputs)
+
+
 def forward_batch(model: nn.Module, batch: Any) -> None:
     """Run a model on a batch as data loaders give it, without its labels."""
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
     if isinstance(batch, Mapping):
-        # Soft labels (mixup) are more than some losses take, and the loss is of no use here.
-        model(**{name: _to(value, device) for name, value in batch.items() if name != "labels"})
+        forward_without_labels(model, {name: _to(value, device) for name, value in batch.items()})
     elif isinstance(batch, (tuple, list)):
         model(_to(batch[0], device))
     else:

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .weights import check_modules_finite
+
 
 def mean_prediction(logits: Iterable[torch.Tensor], kind: str = "single_label_classification") -> torch.Tensor:
     """
@@ -61,7 +63,8 @@ class Ensemble(nn.Module):
             that a softmax over it gives that mean. `"logits"`: the answer is the mean of the logits, as PAPA has it.
 
     Raises:
-        ValueError: for no members, members that are not modules, or an unknown `average`.
+        ValueError: for no members, members that are not modules or hold NaN or infinite values (all are named), or an
+            unknown `average`.
 
     Example:
 
@@ -86,6 +89,7 @@ class Ensemble(nn.Module):
                     f"Member {index} of the ensemble is a {type(member).__name__}; expected a torch.nn.Module. "
                     "`Ensemble.from_pretrained` loads members from a folder or the Hub."
                 )
+        check_modules_finite(members)
         self.members = nn.ModuleList(members)
         self.average = average
 
@@ -151,7 +155,8 @@ class Ensemble(nn.Module):
             [`Ensemble`]: the members in evaluation mode, on the CPU.
 
         Raises:
-            ValueError: if there is no such folder or repository, it holds no members, or one is missing.
+            ValueError: if there is no such folder or repository, it holds no members, or one is missing that the run does
+                not say it has left out.
         """
         # The one place where a soup needs to know how models are stored, and so transformers and timm.
         from ..hub.loading import load_members

@@ -208,6 +208,14 @@ def _not_safetensors(path: Path, names: list[str]) -> str:
     )
 
 
+def check_modules_finite(members: Sequence[nn.Module]) -> None:
+    """As [`check_finite`], of models whose weights may lie where they cannot be read: those are passed over."""
+    states = (
+        {name: v for name, v in member.state_dict().items() if not getattr(v, "is_meta", False)} for member in members
+    )
+    check_finite(open_member(state, index) for index, state in enumerate(states))
+
+
 def open_member(member: "nn.Module | Mapping[str, Any] | str | Path", index: int) -> WeightSource:
     """
     Opens a member without reading its values.

@@ -32,8 +32,6 @@ class Checking(Part):
 
     if TYPE_CHECKING:
         # Where they are: in the mixin, `agreeing`, `populating`, `serving` and `checkpointing`.
-        def _bring_members_up_to_date(self) -> None: ...
-        def _told_to_all(self) -> contextlib.AbstractContextManager[None]: ...
         def _freeze_alike(self) -> None: ...
         def _check_data(self) -> None: ...
         def _check_before_training(self, resume_from_checkpoint: Any) -> None: ...
@@ -42,6 +40,8 @@ class Checking(Part):
         def _members_loader(self) -> Any: ...
         def _in_a_members_place(self, whole: nn.Module) -> Member: ...
         def _enable_activation_checkpointing(self, member: nn.Module) -> None: ...
+        def _recalibrates(self, model: nn.Module) -> bool: ...
+        def _recalibrate(self, model: nn.Module, batches: Any) -> None: ...
 
     def check(self) -> DryRun:
         """
@@ -81,13 +81,14 @@ class Checking(Part):
 
     def _try_out_together(self) -> list[Tried]:
         """*Collective.* What each process found."""
-        tried, problem, loader = None, None, None
-        try:
+        loader: Any = None
+
+        def try_out() -> Tried:
+            nonlocal loader
             loader = self._make_members_loader()
-            tried = self._try_out(loader)
-        except Exception as error:  # whatever it was, the others must hear of it instead of waiting
-            problem = dry_run.in_a_line(error)
-        outcomes = self.population.gather_processes((tried, problem))
+            return self._try_out(loader)
+
+        outcomes, _ = self.population.try_together(try_out, dry_run.in_a_line)
         problems = [(rank, text) for rank, (_, text) in enumerate(outcomes) if text is not None]
         if problems:
             alone = self.population.world_size == 1
@@ -134,10 +135,13 @@ class Checking(Part):
                     example, loss = self._try_step(probe)
                     tried.losses.append(loss)
                 if member is self.members[0]:
+                    if example is not None and self._recalibrates(probe.model):
+                        with stage("The pass that recalibrates the soup's BatchNorm statistics"):
+                            self._recalibrate(probe.model, [copy.copy(example)])
                     if self.args.should_save:
                         tried.saved = self._try_saving(probe, example)
                         tried.free = dry_run.free_bytes(Path(self.args.output_dir))
-                    tried.state = self._try_optimizer(probe, given)
+                    tried.state = self._try_optimizer(given)
                 self.optimizer = given
         return tried
 
@@ -177,7 +181,7 @@ class Checking(Part):
                 tensors = {name: value for name, value in example.items() if isinstance(value, torch.Tensor)}
             return size, dry_run.load_back(Path(folder), model, self.processing_class, tensors)
 
-    def _try_optimizer(self, probe: Member, given: Any) -> tuple[int, float, float]:
+    def _try_optimizer(self, given: Any) -> tuple[int, float, float]:
         with stage("The optimizer's step"):
             if self._given_optimizer:
                 # It was made for the member itself: a copy of both steps.

@@ -293,10 +293,8 @@ class Checkpointing(Part):
                 f"Cannot resume: `{folder}` was written with `same_init=False`, so each member has frozen weights of its "
                 "own, and with `same_init=True` they would share one member's."
             )
-        before, now = (
-            saved.get("lr_scheduler_type"),
-            str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)),
-        )
+        before, now = saved.get("lr_scheduler_type"), self.args.lr_scheduler_type
+        now = str(getattr(now, "value", now))
         if before not in (None, now) and {str(before), now} & set(options.SCHEDULERS_WITH_STATE):
             raise ValueError(
                 f"Cannot resume: `{folder}` was written with `lr_scheduler_type={before!r}`, whose state `{now}` cannot take."
@@ -343,19 +341,18 @@ class Checkpointing(Part):
         folder = Path(resume_from_checkpoint)
         frozen = [path] if (path := folder / checkpoints.FROZEN).is_file() else []
         _ = self.members  # made here, if they are not there yet
-        files = {
-            index: [folder / f"member_{index}" / checkpoints.MEMBER_WEIGHTS, *frozen]
-            for index in self.population.indices
-        }
-        wholes = dict(zip(self.population.indices, self.population.wholes, strict=True))
+        own = [
+            (whole, [folder / f"member_{index}" / checkpoints.MEMBER_WEIGHTS, *frozen])
+            for index, whole in zip(self.population.indices, self.population.wholes, strict=True)
+        ]
 
         def check() -> None:
-            for index, whole in wholes.items():
-                checkpoints.check_weights(whole, files[index])
+            for whole, files in own:
+                checkpoints.check_weights(whole, files)
 
         def read() -> None:
-            for index, whole in wholes.items():
-                checkpoints.read_weights(whole, *files[index])
+            for whole, files in own:
+                checkpoints.read_weights(whole, *files)
 
         # No member takes anything before all of all processes can.
         checkpoints.checked(self.population, check)

@@ -65,8 +65,15 @@ class Evaluating(Part):
         """*Collective.* The Trainer's own loop over the soup, the members and their ensemble beside it batch by batch."""
         self._advance_streams()
         options = (description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self._beside is not None or not self.args.evaluate_members or description != "Evaluation":
+        if self._beside is not None or description != "Evaluation":
             return super().evaluation_loop(dataloader, *options)
+        count = how_many(getattr(dataloader, "dataset", None))
+        is_stream = self.population.world_size > 1 and not isinstance(count, int)
+        if not self.args.evaluate_members:
+            output = super().evaluation_loop(dataloader, *options)
+            if is_stream:
+                check_agreement(self.population, {"examples in the evaluation stream": output.num_samples})
+            return output
         loss_only = prediction_loss_only if prediction_loss_only is not None else self.args.prediction_loss_only
         compute_metrics = None if loss_only else self.compute_metrics
         beside = evaluation.BesideTheSoup(
@@ -76,11 +83,13 @@ class Evaluating(Part):
             keep=compute_metrics is not None,
             preprocess=self.preprocess_logits_for_metrics,
             left_out=self.soup.left_out,
+            is_stream=is_stream,
         )
-        check_agreement(self.population, {"examples to evaluate on": how_many(getattr(dataloader, "dataset", None))})
+        check_agreement(self.population, {"examples to evaluate on": count})
         self._beside = beside, self._members_for_evaluation(), []
         try:
             output = super().evaluation_loop(dataloader, *options)
+            beside.begin_batch(0)
         finally:
             self._beside = None
 
@@ -109,6 +118,7 @@ class Evaluating(Part):
         if self._beside is None:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         beside, models, members = self._beside
+        beside.begin_batch(find_batch_size(inputs) or 1)
         result = super().prediction_step(model, copy.copy(inputs), prediction_loss_only, *args, **kwargs)
         if not members:  # a Trainer may make its measures when it first needs them, and then they are the soup's
             members += [without_a_trace(self, member) for member in self.members]

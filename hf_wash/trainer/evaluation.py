@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import EvalLoopContainer, nested_numpify
 from transformers.trainer_utils import denumpify_detensorize
 
 from ..population import Population
+from ..population.failures import known_to_all
 from ..soup.ensemble import mean_prediction
 
 
@@ -216,6 +217,7 @@ class BesideTheSoup:
         keep (`bool`): Whether predictions are kept.
         preprocess (`Callable`, *optional*): From logits and labels to what is kept of the logits.
         left_out (`Collection[int]`, *optional*): Members that are not in the ensemble, since they are not finite.
+        is_stream (`bool`, *optional*, defaults to `False`): Whether only its end tells how long the data set is.
     """
 
     def __init__(
@@ -226,7 +228,9 @@ class BesideTheSoup:
         keep: bool,
         preprocess: Callable | None,
         left_out: Collection[int] = (),
+        is_stream: bool = False,
     ):
+        self._is_stream = is_stream
         self._population, self._kind, self._ensemble_loss = population, kind, ensemble_loss
         self._keep, self._preprocess = keep, preprocess
         self._together = [index for index in range(population.size) if index not in left_out]
@@ -238,6 +242,27 @@ class BesideTheSoup:
     def needs_logits(self) -> bool:
         """Whether members have to say more than their loss."""
         return self._keep or self._kind is not None
+
+    def begin_batch(self, size: int) -> None:
+        """
+        *Collective for streams.* What each process finds there must be as long.
+
+        Args:
+            size (`int`): Examples in the batch; 0 after the last.
+
+        Raises:
+            ValueError: on every process, if the streams differ.
+        """
+        if not self._is_stream:
+            return
+        sizes = self._population.gather_tensors(torch.tensor([size], device=self._population.device)).tolist()
+        if len(set(sizes)) > 1:
+            listing = ", ".join(
+                f"process {rank} " + (f"has {count} example{'s' * (count > 1)}" if count else "is at its end")
+                for rank, count in enumerate(sizes)
+            )
+            told = f"All processes must evaluate on the same stream: after {self._batches} batches {listing}."
+            raise known_to_all(ValueError(told))
 
     def add(self, results: Sequence[tuple], size: int, inputs: Any = None, labels: Any = None) -> None:
         """

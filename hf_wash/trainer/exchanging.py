@@ -63,12 +63,10 @@ class Exchanging(Part):
         self.mixing = MixingRun(
             self.args,
             self.population,
-            self.population.wholes,
             self.optimizer,
             self._total_steps,
             self._steps_per_epoch,
             probability,
-            self.args.seed,
         )
         if resumed and not another:
             folder = Path(self._resuming["folder"])

@@ -59,8 +59,7 @@ def file_record(path: Path) -> dict[str, Any]:
     """A file's size in bytes and SHA-256, after making sure that it is on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
 # ---- Reading -------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from .populating import Populating
 from .publishing import Publishing
 from .replaying import Replaying
 from .requests import Requests
-from .served_soup import ServedSoup
+from .served_soup import NonFiniteMemberError, ServedSoup, not_finite, what_becomes_of
 from .serving import Serving
 
 
@@ -503,18 +503,30 @@ class PopulationMixin(
         """
         *Collective: call on every process.* Save each member, loadable by itself, under `_members/member_<i>/`.
 
+        Members that hold NaN or infinite values are left out, with a warning.
+
         Args:
             output_dir (`str`, *optional*): Defaults to the configuration's.
+
+        Raises:
+            NonFiniteMemberError: on every process, if no member is finite.
         """
         folder = os.path.join(output_dir if output_dir is not None else self.args.output_dir, LOCAL_MEMBERS)
-        if self.args.should_save:
-            # An earlier run's would be taken for members of this one.
-            for path in Path(folder).glob("member_*"):
-                if path.name not in {f"member_{index}" for index in range(self.population.size)}:
+        with self._told_to_all(), self.population.streams.use(None):
+            left_out, step = not_finite(self.population), self.state.global_step
+            if len(left_out) == self.population.size:
+                raise known_to_all(NonFiniteMemberError(left_out, step, "so none of them is saved."))
+            if left_out and self.is_world_process_zero():
+                logger.warning(what_becomes_of(left_out, step, "not saved among the members."))
+            kept = {f"member_{index}" for index in range(self.population.size) if index not in left_out}
+            for path in Path(folder).glob("member_*") if self.args.should_save else ():
+                # An earlier run's would be taken for members of this one.
+                if path.name not in kept:
                     logger.warning(f"`{path}` is removed: it is not of this population.")
                     shutil.rmtree(path)
-        with self._told_to_all(), self.population.streams.use(None):
             for member in self.members:
+                if member.index in left_out:
+                    continue
                 place = os.path.join(folder, f"member_{member.index}")
                 with as_member(self, member):
                     self._save(place)

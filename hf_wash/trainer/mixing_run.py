@@ -74,11 +74,9 @@ class MixingRun:
     Args:
         args ([`PopulationArguments`]): The options.
         population ([`Population`]): The members.
-        wholes (`list[nn.Module]`): All that learns of each local member.
         optimizer (`torch.optim.Optimizer`): Of this process's members.
         total_steps (`int`), steps_per_epoch (`int`): Optimizer steps in the whole run, and in an epoch.
         probability (`float`): The paper's p of this run.
-        seed (`int`): Of the plans.
 
     Attributes:
         after_schedule (`bool`): Whether members exchange when the learning rates have been set for the next step, not as
@@ -87,14 +85,12 @@ class MixingRun:
 
     def __init__(
         self,
-        args: PopulationArguments,
+        args: Any,
         population: Population,
-        wholes: list,
-        optimizer,
+        optimizer: Any,
         total_steps: int,
         steps_per_epoch: int,
         probability: float,
-        seed: int,
     ):
         self._args, self._total_steps, self._size = args, total_steps, population.size
         self.probability = probability
@@ -109,7 +105,7 @@ class MixingRun:
         self.times: Times | None = None
         if population.size > 1:
             self.times = args.average_times(total_steps, steps_per_epoch)
-            self.mixer = make_mixer(args, wholes, optimizer, probability, seed, self.times)
+            self.mixer = make_mixer(args, population.wholes, optimizer, probability, args.seed, self.times)
 
     def repairs(self, step: int) -> bool:
         """Whether whole models become an average after a step, counted from 1, whose activations are then rescaled."""

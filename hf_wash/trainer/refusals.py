@@ -12,18 +12,8 @@ from ..config import PopulationArguments
 
 # Trainers that generate or score across all processes, by name: members would answer each other's prompts.
 _SHARE_GENERATIONS = (
-    "GRPO",
-    "RLOO",
-    "OnlineDPO",
-    "XPO",
-    "NashMD",
-    "PPO",
-    "GKD",
-    "GOLD",
-    "SDFT",
-    "SDPO",
-    "Distillation",
-)
+    "GRPO", "RLOO", "OnlineDPO", "XPO", "NashMD", "PPO", "GKD", "GOLD", "SDFT", "SDPO", "Distillation",
+)  # fmt: skip
 
 
 def refuse_trainer(trainer_class: type) -> None:

@@ -5,7 +5,7 @@ and known by its state.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -35,11 +35,15 @@ class NonFiniteMemberError(RuntimeError):
 
     def __init__(self, found: Mapping[int, str], step: int, consequence: str):
         self.members, self.step = tuple(found), step
-        super().__init__(f"{who_is_not_finite(found, step)}, {consequence}")
+        super().__init__(f"{_who_is_not_finite(found, step)}, {consequence}")
 
 
-def who_is_not_finite(found: Mapping[int, str], step: int) -> str:
-    """The beginning of a sentence on members that are not finite."""
+def what_becomes_of(found: Mapping[int, str], step: int, what: str) -> str:
+    """A sentence on members that are not finite: "..., and are left out of the soup"."""
+    return f"{_who_is_not_finite(found, step)}, and {'is' if len(found) == 1 else 'are'} {what}"
+
+
+def _who_is_not_finite(found: Mapping[int, str], step: int) -> str:
     who = ", ".join(f"member {index} (`{name}`)" for index, name in found.items())
     return f"{who[0].upper()}{who[1:]} hold{'s' if len(found) == 1 else ''} NaN or infinite values at step {step}"
 
@@ -117,7 +121,7 @@ class ServedSoup:
         soup = self._member
         whole = soup.whole
         shared = {name for name, p in whole.named_parameters() if not p.requires_grad} if share_frozen else set()
-        self.left_out = _not_finite(population, shared)
+        self.left_out = not_finite(population, shared)
         kept = [index for index in range(population.size) if index not in self.left_out]
         if not kept:
             raise NonFiniteMemberError(
@@ -149,12 +153,18 @@ class ServedSoup:
         return soup
 
 
-def _not_finite(population: Population, shared: set[str]) -> dict[int, str]:
-    """*Collective.* The members whose weights or floating-point buffers are not finite, and a tensor of each."""
-    found = []
-    for index, whole in zip(population.indices, population.wholes, strict=True):
-        own = {name: value for name, value in whole.state_dict().items() if name not in shared}
-        found.append(open_member(own, index).first_not_finite())
+def not_finite(population: Population, shared: Collection[str] = ()) -> dict[int, str]:
+    """
+    *Collective.* The members whose weights or floating-point buffers are not finite, and a tensor of each. What all
+    members share, by name, is looked at once.
+    """
+
+    def first_of(whole: nn.Module, is_shared: bool) -> str | None:
+        tensors = {name: value for name, value in whole.state_dict().items() if (name in shared) == is_shared}
+        return open_member(tensors, 0).first_not_finite()
+
+    of_all = first_of(population.wholes[0], True)
+    found = [of_all or first_of(whole, False) for whole in population.wholes]
     return {index: name for index, name in enumerate(population.gather(found)) if name is not None}
 
 

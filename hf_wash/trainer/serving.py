@@ -6,7 +6,8 @@ What a soup is made of is `served_soup`'s and `soup`'s work.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,12 +15,14 @@ from transformers import set_seed
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.utils import logging
 
+from ..hub.record import LOCAL_MEMBERS
 from ..soup import has_batch_norm, recalibrate_batch_norm
+from ..soup.batch_norm import forward_without_labels
 from . import evaluation
 from .data import hold_out
 from .member import Member, MemberAccelerator, Whole, as_member, without_a_trace
 from .part import Part
-from .served_soup import who_is_not_finite
+from .served_soup import what_becomes_of
 
 
 logger = logging.get_logger(__name__)
@@ -69,8 +72,11 @@ class Serving(Part):
         left_out = self.soup.left_out
         if left_out and (final or list(left_out) != before) and self.is_world_process_zero():
             logger.warning(
-                f"{who_is_not_finite(left_out, step)}, and {'is' if len(left_out) == 1 else 'are'} left out of the soup, "
-                "the ensemble and what is reported of the members together."
+                what_becomes_of(
+                    left_out,
+                    step,
+                    "left out of the soup, the ensemble and what is reported of the members together.",
+                )
             )
         return soup
 
@@ -98,34 +104,51 @@ class Serving(Part):
         soup.data_collator = self.data_collator
         if not common and self._overrides[0].data_collator is not None:
             soup.data_collator = self._overrides[0].data_collator
-        if (
-            self.args.soup_batch_norm != "recalibrate"
-            or self.population.size == 1
-            or soup.train_dataset is None
-            or not has_batch_norm(soup.model)
-        ):
+        if soup.train_dataset is None or not self._recalibrates(soup.model):
             return
         streams = self.population.streams
         before = streams.capture()
-        try:
+
+        def measure() -> None:
             set_seed(self.args.seed + RECALIBRATION_SEED_OFFSET)
             with as_member(self, soup):
                 loader = self.get_train_dataloader()
-                recalibrate_batch_norm(
-                    soup.model,
-                    iter(getattr(loader, "base_dataloader", loader)),
-                    forward=self._forward_without_labels,
-                    max_batches=self.args.soup_batch_norm_batches,
-                )
+                self._recalibrate(soup.model, iter(getattr(loader, "base_dataloader", loader)))
+
+        try:
+            self.population.do_together(
+                "Recalibrating the BatchNorm statistics of the soup",
+                measure,
+                self._keep_members,
+                self._without_a_soup(),
+            )
         finally:
             streams.restore(before)
         # The same batches everywhere, but a GPU's sums may differ in the last bit.
         self.population.broadcast_tensors(list(soup.model.buffers()), source=0)
 
-    def _forward_without_labels(self, model: nn.Module, batch) -> None:
-        inputs = self._prepare_inputs(batch)
-        with self.compute_loss_context_manager():
-            self.model_wrapped(**{name: value for name, value in inputs.items() if name not in self.label_names})
+    def _recalibrates(self, model: nn.Module) -> bool:
+        return self.args.soup_batch_norm == "recalibrate" and self.population.size > 1 and has_batch_norm(model)
+
+    def _recalibrate(self, model: nn.Module, batches: Iterable[Any]) -> None:
+        def forward(model: nn.Module, batch: Any) -> None:
+            inputs = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                forward_without_labels(model, inputs, self.label_names, call=self.model_wrapped)
+
+        recalibrate_batch_norm(model, batches, forward=forward, max_batches=self.args.soup_batch_norm_batches)
+
+    def _keep_members(self) -> None:
+        """*Collective.* What has been trained is not lost for a soup that cannot be made of it."""
+        if self.is_in_train:
+            self.save_members()
+
+    def _without_a_soup(self) -> str:
+        kept = f"The members are saved in `{Path(self.args.output_dir) / LOCAL_MEMBERS}`. " if self.is_in_train else ""
+        return (
+            f'{kept}`soup_batch_norm="average"` makes a soup without a pass over the data; '
+            "`hf_wash.recalibrate_batch_norm` takes a `forward` of your own for one that was made so."
+        )
 
     def _held_out_score(self, soup: Member) -> float:
         """*Collective.* A soup's score on held-out training data; augmentation draws the same for every soup."""

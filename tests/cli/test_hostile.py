@@ -1,136 +1,43 @@
 """
-What others may have left in a folder, and what a user may type: `hf-wash` answers in one clean line, or does what is
-right. No traceback, no waiting, nothing of the user's changed.
+What others may have left in a folder, and what a user may type: `hf-wash` refuses it in one clean line. No traceback, no
+waiting, nothing of the user's changed.
 """
 
-import json
 import os
 import shutil
-import stat
 import subprocess
 import sys
 
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
-
-from hf_wash.cli import main
-from hf_wash.hub import export_model
+from cli.hostile_folders import (
+    ADAPTERS,
+    DEEP,
+    ESCAPES,
+    SOUP,
+    SOUP_EVAL,
+    TIMM,
+    both,
+    cased,
+    content,
+    device,
+    each,
+    everything_in,
+    fields,
+    fifo,
+    folder,
+    header,
+    index,
+    is_clean,
+    link,
+    removed,
+    run_command,
+    weights,
+)
 
 
 # Who opens a FIFO waits for ever.
 pytestmark = pytest.mark.timeout(30)
-
-SOUP = "soup {a} {b} --out {out}"
-SOUP_EVAL = "soup {a} {b} --eval-data {photos} --out {out}"
-ADAPTERS = "soup {adapter_a} {adapter_b} --out {out}"
-TIMM = "soup {timm_a} {timm_b} --out {out}"
-ESCAPES = "\x1b[31mred\x1b]0;title\x07\r\n\u202ebackwards\x9b2J"
-
-
-# ---- What may stand in a folder ------------------------------------------------------------------------------------
-
-
-def fifo(*path):
-    def put(place):
-        file = place.joinpath(*path)
-        file.unlink(missing_ok=True)
-        os.mkfifo(file)
-
-    return put
-
-
-def folder(*path):
-    def put(place):
-        place.joinpath(*path).unlink(missing_ok=True)
-        place.joinpath(*path).mkdir()
-
-    return put
-
-
-def device(*path):
-    """A link to a device that never ends."""
-    return link("/dev/zero", *path)
-
-
-def link(target, *path):
-    def put(place):
-        place.joinpath(*path).unlink(missing_ok=True)
-        place.joinpath(*path).symlink_to(target)
-
-    return put
-
-
-def content(content, *path):
-    def put(place):
-        place.joinpath(*path).parent.mkdir(parents=True, exist_ok=True)
-        place.joinpath(*path).write_bytes(content if isinstance(content, bytes) else content.encode())
-
-    return put
-
-
-def removed(*path):
-    return lambda place: place.joinpath(*path).unlink()
-
-
-def fields(*path, **changes):
-    """Some fields of a file of JSON; a dictionary changes what is inside of the field."""
-
-    def put(place):
-        file = place.joinpath(*path)
-        known = json.loads(file.read_text()) if file.exists() else {}
-        for name, value in changes.items():
-            inner = isinstance(value, dict) and isinstance(known.get(name), dict)
-            known[name] = {**known[name], **value} if inner else value
-        file.write_text(json.dumps(known))
-
-    return put
-
-
-def each(*changes):
-    def put(place):
-        for change in changes:
-            change(place)
-
-    return put
-
-
-def both(change, *names, **changes):
-    """The same in both models, so that they do not differ."""
-    return each(*(change(name, *names, **changes) for name in "ab"))
-
-
-def index(weight_map):
-    """An index of shards in the place of the first model's weights, which lie outside of it."""
-
-    def put(place):
-        os.rename(place / "a" / "model.safetensors", place / "weights.safetensors")
-        text = json.dumps({"metadata": {}, "weight_map": weight_map(place)})
-        (place / "a" / "model.safetensors.index.json").write_text(text)
-
-    return put
-
-
-def weights(change):
-    def put(place):
-        for name in "ab":
-            file = place / name / "model.safetensors"
-            tensors = load_file(file)
-            change(tensors)
-            save_file(tensors, file, metadata={"format": "pt"})
-
-    return put
-
-
-def header(text, size=None):
-    """Weights whose header is this."""
-    data = text.encode()
-    return content((len(data) if size is None else size).to_bytes(8, "little") + data, "a", "model.safetensors")
-
-
-DEEP = "[" * 100_000 + "]" * 100_000
 
 # A name, the command, what is done to the folders before, and what the line must hold.
 REFUSED = [
@@ -370,70 +277,6 @@ REFUSED = [
 ]  # fmt: skip
 
 
-def cased(cases):
-    return pytest.mark.parametrize(("command", "change", "expected"), [pytest.param(*c[1:], id=c[0]) for c in cases])
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory):
-    """Two models of each kind, images and a run, of which each test gets copies."""
-    import timm
-    from hub import tiny_runs
-    from peft import LoraConfig, get_peft_model
-
-    place = tmp_path_factory.mktemp("originals")
-    labels = {"id2label": {0: "blue", 1: "red"}, "label2id": {"blue": 0, "red": 1}}
-    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
-    processor = ViTImageProcessor(size={"height": 16, "width": 16})
-    for seed, name in enumerate("ab"):
-        torch.manual_seed(seed)
-        model = ViTForImageClassification(ViTConfig(num_attention_heads=2, **sizes, **labels))
-        export_model(model, place / name, processing_class=processor, check=False)
-        model.config._name_or_path = str(place / "a")
-        adapter = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-        export_model(adapter, place / f"adapter_{name}", check=False)
-        export_model(timm.create_model("test_vit", num_classes=2), place / f"timm_{name}", check=False)
-    for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
-        (place / "photos" / name).mkdir(parents=True)
-        for number in range(3):
-            Image.new("RGB", (20, 24), colour).save(place / "photos" / name / f"{number}.png")
-    tiny_runs.finished_run(place / "run", save_strategy="steps", save_steps=2)
-    return place
-
-
-@pytest.fixture
-def place(originals, tmp_path):
-    shutil.copytree(originals, tmp_path / "it")
-    return tmp_path / "it"
-
-
-def everything_in(place):
-    """Each path with its kind and, of a file, what it holds."""
-    found = {}
-    for path in place.rglob("*"):
-        status = path.lstat()
-        kind = stat.S_IFMT(status.st_mode)
-        is_file = stat.S_ISREG(status.st_mode)
-        found[path.relative_to(place)] = (
-            kind, status.st_mtime_ns if is_file else 0, path.read_bytes() if is_file else None
-        )  # fmt: skip
-    return found
-
-
-def run_command(command, place):
-    words = command.split() if isinstance(command, str) else command
-    known = {path.name: path for path in place.iterdir()} | {"place": place, "out": place / "out"}
-    try:
-        main([word.format(**known) for word in words])
-    except SystemExit as ended:
-        return ended.code or 0
-    return 0
-
-
-def is_clean(text):
-    return all(line.isprintable() for line in text.splitlines())
-
-
 @cased(REFUSED)
 def test_it_is_refused_in_one_line_and_nothing_is_changed(command, change, expected, place, capfd, monkeypatch):
     monkeypatch.chdir(place)
@@ -453,98 +296,6 @@ def test_it_is_refused_in_one_line_and_nothing_is_changed(command, change, expec
     assert everything_in(place) == before
 
 
-# ---- What looks hostile and is not ---------------------------------------------------------------------------------
-
-CARDS = {
-    "an impossible date": "---\ndate: 2001-99-99\n---\n",
-    "deep lists": "---\na: " + "[" * 5000 + "]" * 5000 + "\n---\n",
-    "an alias of itself": "---\na: &a [*a]\n---\n",
-    "a laugh": "---\na: &a [x, x]\n" + "".join(f"{n}: &{n} [*{m}, *{m}, *{m}]\n" for m, n in zip("abcdefghi", "bcdefghij", strict=True)) + "---\n",
-    "an object of Python": "---\na: !!python/object/apply:os.system ['touch ran']\n---\n",
-    "a list as a name": "---\n? [a]\n: b\n---\n",
-    "a tag": "---\na: !!int many\n---\n",
-    "a control character": "---\na: \x1b[31m\n---\n",
-    "a mark that holds a list": "<!-- hf-wash:begin {\"a\": [1]} x -->\n<!-- hf-wash:end -->\n",
-    "a mark that is deep": "<!-- hf-wash:begin " + '{"a":' * 50_000 + "1" + "}" * 50_000 + " x -->\n<!-- hf-wash:end -->\n",
-    "many marks": "<!-- hf-wash:begin {} x -->\n" * 2000,
-    "two parts": "<!-- hf-wash:begin {} x --> a <!-- hf-wash:end -->\n" * 2,
-    "no UTF-8": b"\xff\xfe\x00",
-    "no end": "---\nlicense: mit\n",
-}  # fmt: skip
-
-RIGHT = [
-    *((f"card: {name}", "card {run}", content(text, "run", "README.md"), ["README.md"]) for name, text in CARDS.items()),
-    *((f"architecture {name}", SOUP, both(fields, "config.json", architectures=[name]), ["2 models"]) for name in ("__version__", "ViTConfig", "pipeline")),
-    ("no labels", SOUP, both(fields, "config.json", id2label=None), ["2 models"]),
-    ("no architecture", SOUP, both(fields, "config.json", architectures=None), ["2 models"]),
-    ("unknown fields", SOUP, both(fields, "config.json", **{ESCAPES: ESCAPES, "x": [{"y": None}]}), ["2 models"]),
-    ("what does not change the model", SOUP, fields("b", "config.json", hidden_dropout_prob=0.3, transformers_version="4.0", _name_or_path=ESCAPES, initializer_range=0.5, pad_token_id=0, problem_type="single_label_classification"), ["2 models"]),
-    ("defaults left out", SOUP, fields("b", "config.json", hidden_act="gelu", qkv_bias=True), ["2 models"]),
-    ("links to all folders above", SOUP_EVAL, each(link("../..", "photos", "blue", "up"), link("../..", "photos", "red", "up")), ["2 models"]),
-    ("a fifo that nobody asks for", SOUP, fifo("a", "events.out"), ["2 models"]),
-    ("code of its own for what is known", SOUP, both(fields, "config.json", auto_map={"AutoConfig": "x.C", "AutoModelForImageClassification": "x.M"}), ["2 models"]),
-    ("twice the same", "soup {a} {a} --out {out}", None, ["2 models"]),
-    ("a sharded model", SOUP, each(index(lambda _: {"x": "sub/s.safetensors"}), lambda p: (p / "a/sub").mkdir(), lambda p: os.rename(p / "weights.safetensors", p / "a/sub/s.safetensors")), ["2 models"]),
-    ("weights by a link", SOUP, each(lambda p: os.rename(p / "a/model.safetensors", p / "blob"), link("../blob", "a", "model.safetensors")), ["2 models"]),
-    ("out below folders that are not there", "soup {a} {b} --out {out}/x/y", None, ["2 models"]),
-    ("out is an empty folder", SOUP, lambda p: (p / "out").mkdir(), ["2 models"]),
-    ("out is a link to an empty folder", "soup {a} {b} --out {place}/to_out", each(lambda p: (p / "out").mkdir(), link("out", "to_out")), ["2 models"]),
-    ("out is a link to nothing", "soup {a} {b} --out {place}/to_out", link("out", "to_out"), ["2 models"]),
-    ("folders of the user's that look like ours", SOUP, each(*(content("mine", name, "thesis.txt") for name in ("_trial-out", "_incomplete-out", "_hf-wash-"))), ["2 models"]),
-    ("a folder whose name has escapes", ["inspect", "{place}/\x1b[31mred"], lambda p: os.rename(p / "a", p / "\x1b[31mred"), ["\\x1b[31mred"]),
-    ("a folder whose name is no UTF-8", ["inspect", "{place}/\udcff"], lambda p: os.rename(p / "a", p / "\udcff"), ["\\udcff"]),
-    ("escapes in the record", "inspect {run}", fields("run", "wash_run.json", mixing={"method": ESCAPES}, training={"optimizer": ESCAPES}, versions={ESCAPES: ESCAPES}, hardware={"text": ESCAPES}, card={"dataset": ESCAPES}, soup={"ingredients": [ESCAPES]}), ["\\x1b[31mred"]),
-    ("escapes in the results", "inspect {run}", fields("run", "all_results.json", **{"eval_" + ESCAPES: 1.0}), ["x1b[31mred"]),
-    ("results that are no numbers", "inspect {run}", fields("run", "all_results.json", eval_accuracy=float("nan"), eval_loss=float("inf"), eval_members_accuracy_mean=10**400, eval_f1=[1], eval_precision=None), ["nan"]),
-    ("a card of such results", "card {run}", fields("run", "all_results.json", eval_accuracy=float("nan"), eval_loss=float("inf"), eval_samples=float("inf"), eval_f1=True), ["README.md"]),
-    ("a log of such values", "card {run}", fields("run", "trainer_state.json", log_history=[{"step": 1, "eval_accuracy": float("nan")}, {"step": "x", "eval_accuracy": 1}, {"step": 2, "eval_accuracy": float("inf")}, {"eval_accuracy": [1]}]), ["README.md"]),
-    ("everything null", "card {run}", fields("run", "wash_run.json", **dict.fromkeys(("model", "population", "mixing", "exchange", "soup", "training", "data", "hardware", "versions", "card"))), ["README.md"]),
-    ("everything inside null", "card {run}", fields("run", "wash_run.json", population={"size": None, "overrides": None}, mixing={"method": None, "shuffle_probability": None}, soup={"method": None, "ingredients": None, "chosen": None}, training={"steps": None, "learning_rate": None, "seed": None}, model={"parameters": None, "trainable_parameters": None, "trainable_bytes": None}, card={"tags": None, "dataset": None}), ["README.md"]),
-    ("chosen that are not there", "card {run}", fields("run", "wash_run.json", soup={"ingredients": ["a", "b"], "chosen": [7, -3], "scores": [0.5]}), ["README.md"]),
-    ("a population of 10^9", "card {run}", fields("run", "wash_run.json", population={"size": 10**9}), ["README.md"]),
-    ("a size of images that is text", "card {run}", each(removed("run", "preprocessor_config.json"), fields("run", "config.json", image_size="large")), ["README.md"]),
-    ("a name for a heading of two lines", "card {run}", fields("run", "wash_run.json", card={"model_name": ESCAPES}), ["README.md"]),
-    ("a picture that is a link", "card {run}", link("../../a/config.json", "run", "pictures", "accuracy.png"), ["README.md"]),
-    ("a checkpoint with a step of another alphabet", "inspect {run}", lambda p: (p / "run/checkpoint-²").mkdir(), ["checkpoint-2"]),
-]  # fmt: skip
-
-
-@cased(RIGHT)
-def test_it_is_done_and_nothing_else_is_changed(command, change, expected, place, capfd, monkeypatch):
-    monkeypatch.chdir(place)
-    if change is not None:
-        change(place)
-    before = everything_in(place)
-    code = run_command(command, place)
-    out, err = capfd.readouterr()
-    assert code == 0, (out, err)
-    assert is_clean(out) and is_clean(err) and all(line.startswith("hf-wash: ") for line in err.splitlines()), (
-        out,
-        err,
-    )
-    for text in expected:
-        assert text in out, out
-    after = everything_in(place)
-    what = command.split()[0] if isinstance(command, str) else command[0]
-    if what == "inspect":
-        assert after == before
-    own = ("out", "run/README.md", "run/pictures")
-    is_own = {path: str(path).startswith(own) for path in {**before, **after}}
-    assert {path: after[path] for path in after if not is_own[path]} == {
-        path: before[path] for path in before if not is_own[path]
-    }
-    if what == "soup":
-        assert len(list((place / "out").rglob("model.safetensors"))) == 1
-
-
-def test_what_a_folder_says_reaches_no_card_as_an_escape_code(place):
-    fields(
-        "run", "wash_run.json", mixing={"shuffle_schedule": ESCAPES}, card={"dataset": ESCAPES, "model_name": ESCAPES}
-    )(place)
-    assert run_command("card {run}", place) == 0
-    assert is_clean((place / "run" / "README.md").read_text())
-
-
 def test_two_soups_of_one_name_do_not_get_into_each_others_way(place, monkeypatch, capfd):
     from hf_wash.cli import soup
 
@@ -562,26 +313,6 @@ def test_two_soups_of_one_name_do_not_get_into_each_others_way(place, monkeypatc
     # That of the first to be ready, whole.
     assert (place / "out/model.safetensors").read_bytes() == (place / "b/model.safetensors").read_bytes()
     assert not list(place.glob("_hf-wash-*"))
-
-
-def test_a_soup_has_the_rights_of_any_new_folder(place):
-    assert run_command(SOUP, place) == 0
-    (place / "new").mkdir()
-    assert (place / "out").stat().st_mode == (place / "new").stat().st_mode
-
-
-def test_leftovers_of_an_upload_are_removed_and_what_only_looks_like_one_is_not(tmp_path):
-    import platform
-
-    from hf_wash.hub.push import remove_snapshots
-
-    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    ours = f"_pushing-{platform.node()}"
-    names = (f"{ours}-{int(ended.stdout)}-abcd1234", f"{ours}-{os.getpid()}-abcd1234", "_pushing-mine", ours)
-    for name in names:
-        (tmp_path / name).mkdir()
-    remove_snapshots(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
 
 
 @pytest.mark.parametrize("command", ["inspect nowhere", "card nowhere", "push nowhere user/it"])
@@ -606,14 +337,6 @@ def test_a_defect_of_ours_is_one_line_too_and_says_where_it_is(place, monkeypatc
     assert "KeyError" in err and "hub/card.py, line " in err
 
 
-def test_a_terminal_that_knows_few_letters_gets_all_the_same(place):
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    fields("run", "wash_run.json", hardware={"text": "größer ×2"})(place)
-    command = [sys.executable, "-m", "hf_wash.cli", "inspect", str(place / "run")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stderr) == (0, "") and r"gr\xf6\xdfer \xd72" in done.stdout
-
-
 def test_what_the_average_refuses_is_one_line(place, monkeypatch, capfd):
     from hf_wash import soup
 
@@ -626,13 +349,6 @@ def test_what_the_average_refuses_is_one_line(place, monkeypatch, capfd):
     err = capfd.readouterr().err
     assert len(err.splitlines()) == 1 and is_clean(err) and "holds NaN, and so would the soup" in err
     assert everything_in(place) == before
-
-
-def test_a_card_that_is_a_fifo_tells_no_license(tmp_path):
-    from hf_wash.hub.record import inherited_license
-
-    os.mkfifo(tmp_path / "README.md")
-    assert inherited_license(str(tmp_path)) is None
 
 
 def test_warnings_of_libraries_do_not_stand_beside_the_line(place):

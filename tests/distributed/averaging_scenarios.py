@@ -21,6 +21,7 @@ from hf_wash.mixing import (
     PeriodicAverageMixer,
     PlanMismatchError,
     SpartaMixer,
+    averaging,
 )
 
 
@@ -119,6 +120,8 @@ def stop(method):
 
 def main():
     torch.set_num_threads(1)
+    # A bucket of these small members would else be one block, and one section.
+    averaging._BLOCK, averaging._SECTION = 20, 150
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     answers = [globals()[name](*arguments) for name, *arguments in json.loads(sys.argv[1])]
     # In one write, or the lines of two processes run into each other.

@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import forked_processes
 import torch
 from accelerate import PartialState
-from small_population import TEST, TRAIN, Digits, population, started
+from small_population import TEST, TRAIN, Digits, DigitStream, population, started
 from transformers import TrainerCallback
 
+from hf_wash.population import failures
 from hf_wash.trainer import checkpoint
 
 
@@ -93,6 +94,23 @@ def evaluation_set_longer(rank):
     return trained(rank, trainer={"eval_dataset": Digits(1000, 1037 + rank)})
 
 
+def evaluation_stream_longer(rank):
+    return trained(rank, trainer={"eval_dataset": DigitStream(32 + 16 * rank, noisy=False)})
+
+
+def evaluation_stream_with_a_longer_batch(rank):
+    return trained(rank, trainer={"eval_dataset": DigitStream(33 + rank, noisy=False)})
+
+
+def evaluation_stream_of_the_soup_alone(rank):
+    stream = DigitStream(48 - 16 * rank, noisy=False)
+    return trained(rank, evaluate_members=False, trainer={"eval_dataset": stream})
+
+
+def evaluation_stream(rank):
+    return trained(rank, trainer={"eval_dataset": DigitStream(33, noisy=False)})
+
+
 def save_strategy(rank):
     return trained(rank, save_strategy="steps" if rank else "no", save_steps=6)
 
@@ -140,6 +158,11 @@ def callback(rank):
 
 def first_process(rank):
     return trained(rank, At(rank, fail, on=0))
+
+
+def first_process_while_others_compute(rank):
+    failures.HEARD = 0.5
+    return trained(rank, At(rank, fail, on=0), At(rank, lambda: time.sleep(5)))
 
 
 def callback_with_mixing_off(rank):

@@ -54,7 +54,7 @@ def test_what_is_sent_is_one_bucket_for_each_exchange_and_nothing_between(answer
     model = averaging_scenarios.model(0)
     parameters = sum(p.numel() for p in model.parameters())
     everything = parameters + sum(b.numel() for b in model.buffers() if b.is_floating_point())
-    # Of float64, which the last layer is; a ring of two sends a bucket once. Four values are its header.
+    # Of float64, which the last layer is; a ring of two sends a bucket once. Four values are its trailer.
     for answer in answers("layout", "local SGD", 2):
         assert answer["sent"] == [0, 0, 8 * (everything + 4)] * 2 + [0]
     for answer in answers("layout", "DiLoCo", 2):
@@ -65,9 +65,9 @@ def test_what_is_sent_is_one_bucket_for_each_exchange_and_nothing_between(answer
         selected = [values // 2 for values, *_ in answer["population"]]
         room = math.ceil(0.2 * parameters + 6 * math.sqrt(0.2 * parameters) + 6)
         assert all(values <= room for values in selected) and answer["sent"] == [8 * (room + 4)] * 7
-    # Of two members each is the other's parent.
+    # Of two members each is the other's parent. What all have to know goes ahead.
     for answer in answers("layout", "pairs", 2):
-        assert answer["sent"] == [0, 0, 8 * everything] * 2 + [0]
+        assert answer["sent"] == [0, 0, 8 * (everything + 4)] * 2 + [0]
 
 
 @pytest.mark.parametrize("method", METHODS)

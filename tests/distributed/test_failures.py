@@ -36,15 +36,21 @@ DIFFERENCES = {
     "evaluation_set_missing": "examples to evaluate on: 37 against 'no data set'",
     "evaluation_set_longer": "examples to evaluate on: 37 against 38",
     "other_evaluation_set": "examples to evaluate on: 37 against 38",
+    "evaluation_stream_longer": "after 2 batches process 0 is at its end, process 1 has 16 examples",
+    "evaluation_stream_with_a_longer_batch": "after 2 batches process 0 has 1 example, process 1 has 2 examples",
+    "evaluation_stream_of_the_soup_alone": "examples in the evaluation stream: 48 against 32",
     "save_strategy": "option save_strategy: 'no' against 'steps'",
     "other_data": "Processes 0 and 1 do not have the same training data: example 0 of 330 differs.",
     "resumes_alone": "resuming: 'none' against 'auto'",
 }
 FINE = {
+    "evaluation_stream": "12 steps",
     "own_augmentation": "2 steps",
     "a_bad_example_that_is_not_drawn": "2 steps",
     "together": "'this one', then 4 steps",
 }
+# The first process, which holds the store where there is no launcher, and has to be there until the other one has read it.
+FIRST = ["first_process", "first_process_while_others_compute"]
 # Of three processes it is the second one; what the two others say.
 OF_THREE = {
     "callback_of_three": "RuntimeError: Process 1: KeyError: 'this one'",
@@ -57,7 +63,7 @@ OF_THREE = {
 def said(tmp_path_factory):
     """What each process said in each mode: one launch for all."""
     folder = tmp_path_factory.mktemp("failures")
-    modes = [*REASONS, *DIFFERENCES, *FINE, *OF_THREE, "first_process", "stands_still", "killed"]
+    modes = [*REASONS, *DIFFERENCES, *FINE, *OF_THREE, *FIRST, "stands_still", "killed"]
     subprocess.run(
         [sys.executable, str(SCRIPT), str(folder), *modes],
         timeout=900,
@@ -108,8 +114,9 @@ def test_two_others_say_the_same(said, mode):
         assert said(mode, rank).startswith(OF_THREE[mode])
 
 
-def test_the_process_that_holds_the_store_may_fail_too(said):
-    assert [said("first_process", rank) for rank in range(2)] == [
+@pytest.mark.parametrize("mode", FIRST)
+def test_the_process_that_holds_the_store_may_fail_too(said, mode):
+    assert [said(mode, rank) for rank in range(2)] == [
         "KeyError: 'this one'",
         "RuntimeError: Process 0: KeyError: 'this one'",
     ]

@@ -1,5 +1,6 @@
 """The pieces of `examples/train_vit.py`: which data, which model, what becomes of an image, what a person reads."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -226,6 +227,17 @@ def test_models_from_scratch_fit_the_labels_and_the_images(train_vit, animals, o
     ):
         assert logits_for(recipe, view, animals).shape == (2, 3)
     assert recipe.model_init().config.id2label == {0: "ant", 1: "bee", 2: "cat"}
+
+
+def test_glyphs_are_seen_whole_and_as_large_as_they_are(train_vit, animals):
+    glyphs = dataclasses.replace(animals, name="glyphs-short")
+    image = PilImage.new("RGB", (32, 32))
+    image.putpixel((0, 0), (255, 255, 255))
+    for options in ({}, {"timm_architecture": "test_resnet"}):
+        recipe = train_vit.choose_recipe(train_vit.ModelArguments(**options), glyphs)
+        pixels = train_vit.EvaluationView(recipe.processor, "image", "label").pixels([image])
+        assert pixels.shape == (1, 3, 32, 32)
+        assert (pixels[0, 0] > pixels[0, 0, 5, 5]).nonzero().tolist() == [[0, 0]]
 
 
 def test_a_pretrained_model_gets_a_head_for_the_labels_and_keeps_the_rest(train_vit, animals, saved_convnext):

@@ -15,6 +15,7 @@ from hf_wash.mixing import (
     PapaMixer,
     PeriodicAverageMixer,
     SpartaMixer,
+    averaging,
 )
 
 
@@ -63,6 +64,30 @@ def test_members_become_their_mean_at_each_interval_and_keep_their_buffers_unles
     size = sum(p.numel() for p in members[0].parameters()) + 8 * buffers
     assert stats.values_moved == stats.population_values_moved == 3 * size
     assert stats.bytes_exchanged == 12 * size and stats.bytes_sent == 0
+
+
+@pytest.mark.parametrize("make", ["local SGD", "pairs", "PAPA", "DiLoCo"])
+def test_in_how_many_blocks_a_bucket_is_filled_changes_nothing(make, monkeypatch):
+    whole, parted = population(3), population(3)
+    MIXERS[make](whole).mix(1)
+    monkeypatch.setattr(averaging, "_BLOCK", 1)
+    MIXERS[make](parted).mix(1)
+    for one, other in zip(states(whole), states(parted), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    parted[1][3].bias.data[1] = float("nan")
+    with pytest.raises(ContagionError, match="Member 1 holds"):
+        MIXERS[make](parted).mix(1)
+
+
+@pytest.mark.parametrize("make", ["local SGD", "pairs", "PAPA", "SPARTA", "DiLoCo"])
+def test_empty_parameters_are_in_nobodys_way(make):
+    members = population(2)
+    for member in members:
+        member.register_parameter("first", nn.Parameter(torch.empty(0)))
+        member[3].register_parameter("last", nn.Parameter(torch.empty(3, 0)))
+    before = states(members)
+    MIXERS[make](members).mix(1)
+    assert not torch.equal(states(members)[0]["3.weight"], before[0]["3.weight"])
 
 
 def test_first_and_last_say_when_averaging_begins_and_ends():
@@ -150,13 +175,53 @@ def test_sparta_averages_what_it_selects_and_nothing_else():
 
 
 def test_sparta_selects_the_same_on_every_process_and_other_weights_in_each_step():
-    one, other = (SpartaMixer(population(2), probability=0.2, seed=7) for _ in range(2))
     chosen = []
-    for mixer in (one, other):
-        for step in (1, 2):
-            mixer.mix(step)
-            chosen.append([(number, at.tolist()) for number, at in mixer._chosen])
+    for step in (1, 2, 1, 2):
+        members = population(2)
+        before = [p.detach().clone() for p in members[0].parameters()]
+        SpartaMixer(members, probability=0.2, seed=7).mix(step)
+        after = members[0].parameters()
+        chosen.append([(old != new).nonzero().tolist() for old, new in zip(before, after, strict=True)])
     assert chosen[:2] == chosen[2:] and chosen[0] != chosen[1]
+
+
+def test_what_sparta_averages_does_not_depend_on_what_was_drawn_ahead():
+    """Steps in a row, of which the next is foreseen; and in leaps, where another one is asked for than was foreseen."""
+    straight, leaping = population(3), population(3)
+    mixer = SpartaMixer(straight, probability=0.2)
+    for step in (1, 2, 3, 7, 5):
+        mixer.mix(step)
+    for step in (1, 2, 3, 7, 5):
+        SpartaMixer(leaping, probability=0.2).mix(step)
+    for one, other in zip(states(straight), states(leaping), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_sparta_follows_members_that_got_other_memory_and_refuses_those_that_are_no_longer_what_they_were():
+    members = population(2)
+    mixer = SpartaMixer(members, probability=1.0)
+    mixer.mix(1)
+    for member in members:
+        member[3].weight.data = torch.randn(member[3].weight.shape)
+    expected = (members[0][3].weight + members[1][3].weight) / 2
+    mixer.mix(2)
+    assert close(members[1][3].weight, expected) and close(members[0][3].weight, expected)
+    members[1][3].weight.data = torch.randn(members[1][3].weight.shape).double()
+    before = states(members)
+    with pytest.raises(ValueError, match=r"The parameter '3.weight' of member 1 is no longer of the shape, dtype"):
+        mixer.mix(3)
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(states(members), before, strict=True) for n in a)
+
+
+def test_finite_members_whose_sum_would_be_infinite_stay_what_they_are():
+    members = population(2)
+    with torch.no_grad():
+        for member in members:
+            member[3].weight.fill_(3e38)
+    before = states(members)
+    with pytest.raises(ContagionError):
+        PeriodicAverageMixer(members, interval=1).mix(1)
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(states(members), before, strict=True) for n in a)
 
 
 def outer_by_hand(start, locals_, momentum_buffer, rate=0.7, momentum=0.9):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from small_members import linears, snapshot
 
-from hf_wash.mixing import WashMixer
+from hf_wash.mixing import SpartaMixer, WashMixer
 from hf_wash.mixing import wash as wash_module
 
 
@@ -47,7 +47,7 @@ def test_the_next_plan_is_drawn_while_the_caller_computes(monkeypatch):
     monkeypatch.setattr(wash_module.Planner, "draw", draw)
     for step in (0, 5, 10, 15):
         mixer.mix(step)
-        mixer._ahead[1].result()
+        mixer._ahead.wait()
     # The interval is known from the second call on.
     assert drawn == [(0, True), (1, False), (5, True), (10, False), (15, False), (20, False)]
 
@@ -122,10 +122,12 @@ def test_a_process_is_not_forked_in_the_middle_of_a_drawing(monkeypatch):
     mixer.mix(2)
 
 
-def test_a_mixer_that_is_dropped_leaves_no_thread_and_no_member_behind():
+@pytest.mark.parametrize("kind", [WashMixer, SpartaMixer])
+def test_a_mixer_that_is_dropped_leaves_no_thread_and_no_member_behind(kind):
     members = linears(2, 30, 30)
-    mixer = WashMixer(members, probability=0.5)
-    mixer.mix(0)
+    mixer = kind(members, probability=0.5)
+    mixer.mix(1)
+    assert any(t.name.startswith("hf_wash") for t in threading.enumerate())
     gone = weakref.ref(members[0])
     del mixer, members
     gc.collect()

@@ -101,6 +101,24 @@ def test_batches_come_in_every_form(form):
     assert all(labels is None for *_, labels in model.seen)
 
 
+@pytest.mark.parametrize("asks", ["in its signature", "in its loss"])
+def test_a_model_that_asks_for_its_labels_gets_them(asks):
+    class Asking(Net):
+        def forward(self, pixel_values, labels=None):
+            answer = super().forward(pixel_values)
+            return nn.functional.mse_loss(answer.mean((1, 2, 3)), labels)
+
+    class Required(Net):
+        def forward(self, pixel_values, labels):
+            return super().forward(pixel_values)
+
+    model, plain = {"in its signature": Required, "in its loss": Asking}[asks](), Net()
+    data = [{"pixel_values": batch, "labels": torch.zeros(6)} for batch in batches()]
+    assert recalibrate_batch_norm(model, data) == recalibrate_batch_norm(plain, data) == 4
+    for name, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
 def test_no_batch_is_drawn_beyond_the_maximum():
     drawn = []
 

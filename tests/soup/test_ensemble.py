@@ -87,6 +87,20 @@ def test_bad_ensembles_are_refused():
         Ensemble([members(1)[0], "folder"])
 
 
+def test_a_member_that_is_not_finite_is_named():
+    models = members()
+    with torch.no_grad():
+        models[1].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"^Member 1 holds NaN or infinite values in 'weight', .*: leave it out\.$"):
+        Ensemble(models)
+    assert len(Ensemble([models[0], models[2]]).members) == 2
+
+
+def test_weights_that_are_elsewhere_are_left_to_the_members():
+    """As those of a model that is larger than the memory, which is loaded piece by piece."""
+    assert len(Ensemble(model.to("meta") for model in members()).members) == 3
+
+
 @pytest.mark.parametrize("layout", ["members", "_members"])
 def test_an_ensemble_is_rebuilt_from_the_folder_of_a_run(layout, tmp_path):
     models, images = vits(11), torch.randn(2, 3, 16, 16)
@@ -114,3 +128,6 @@ def test_a_folder_without_members_or_with_one_missing_is_refused(tmp_path):
         export_model(model, tmp_path / "_members" / f"member_{index}", check=False)
     with pytest.raises(ValueError, match="no _members/member_1"):
         Ensemble.from_pretrained(tmp_path)
+    # A run that says why has no more to give.
+    (tmp_path / "wash_run.json").write_text('{"soup": {"left_out": [1]}}')
+    assert len(Ensemble.from_pretrained(tmp_path).members) == 2

@@ -10,6 +10,9 @@ import torch
 from small_population import StopAt, history, population, resnet, started
 from transformers import TrainerCallback
 
+from hf_wash import Ensemble
+from hf_wash.hub.push import member_files
+from hf_wash.hub.record import read_record
 from hf_wash.mixing import ContagionError
 from hf_wash.trainer import checkpoint
 from hf_wash.trainer.served_soup import NonFiniteMemberError
@@ -197,6 +200,46 @@ def test_a_soup_of_no_members_fails_in_one_sentence_and_leaves_the_members(tmp_p
         trainer.train()
     assert caught.value.members == (0, 1, 2) and caught.value.step == 12
     assert trainer.population.members[0].classifier.bias.shape == (10,)
+
+
+def test_save_members_leaves_it_out_and_says_so(tmp_path, caplog):
+    trainer = poisoned(tmp_path, 1, at=12, **LATE, eval_strategy="no", push_members=True)
+    # An earlier run's would be taken for this one's.
+    stale = tmp_path / "_members" / "member_1"
+    stale.mkdir(parents=True)
+    with caplog.at_level(logging.WARNING, "hf_wash"):
+        trainer.train()
+    said = [text for text in caplog.messages if "not saved" in text]
+    assert len(said) == 1 and said[0].startswith("Member 1 (`classifier.bias`) holds NaN") and "step 12" in said[0]
+    assert {path.name for path in stale.parent.iterdir()} == {"member_0", "member_2"}
+    trainer.save_model()
+    trainer.save_state()
+    assert len(Ensemble.from_pretrained(tmp_path).members) == 2
+    record = read_record(tmp_path)
+    files = member_files(tmp_path, record["population"]["size"], record["soup"]["left_out"])
+    assert {name.split("/")[1] for name in files} == {"member_0", "member_2"}
+
+
+def test_save_members_refuses_a_population_of_which_none_is_left(tmp_path):
+    trainer = population(tmp_path, size=2)
+    for member in trainer.population.members:
+        member.classifier.bias.data[0] = math.nan
+    kept = tmp_path / "_members" / "member_7"
+    kept.mkdir(parents=True)
+    with pytest.raises(NonFiniteMemberError, match=r"Member 0 .*, member 1 .*so none of them is saved"):
+        trainer.save_members()
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+def test_what_members_share_is_looked_at(tmp_path):
+    model = started()
+    for parameter in model.vit.parameters():
+        parameter.requires_grad = False
+    name = "vit.embeddings.cls_token"
+    trainer = poisoned(tmp_path, 0, at=8, name=name, **SAVING, model=model, eval_strategy="no")
+    with pytest.raises(NonFiniteMemberError, match=rf"ember 0 \(`{name}`\), member 1 \(`{name}`\).* at step 8\b"):
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
 def test_a_recalibrated_soup_is_of_the_others(tmp_path):

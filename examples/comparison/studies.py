@@ -1,0 +1,194 @@
+"""The studies: what is asked, which runs answer it, and what their numbers say."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .methods import BUDGETS, METHODS, describe, for_budget
+from .setting import Setting
+from .tables import Row, difference, markdown, short, spread
+
+
+Runs = Callable[[int], list[tuple[str, dict[str, Any], int]]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """
+    One question.
+
+    Args:
+        question (`str`): In a sentence.
+        rows (`Callable`, *optional*):
+            From the steps of a run to (method, options, steps) of each run; `None`: those of `for_budget`.
+    """
+
+    question: str
+    rows: Runs | None
+
+
+def advised(steps: int) -> dict[str, Any]:
+    """What the documentation advises: about 140 shuffles of a first-layer weight, until three quarters of the run."""
+    return {"shuffle_probability": round(min(0.5, 140 / steps), 6), "shuffle_stop": 0.75}
+
+
+def _wash(*options: dict[str, Any]) -> Runs:
+    return lambda steps: [("wash", {**advised(steps), **each}, steps) for each in options]
+
+
+def _lengths(steps: int) -> list[tuple[str, dict[str, Any], int]]:
+    found = []
+    for part in (0.5, 1, 2):
+        length = round(part * steps)
+        for shuffles in (35, 140, 350):
+            options = {"shuffle_probability": round(min(1.0, shuffles / length), 6), "shuffle_stop": 0.75}
+            found.append(("wash", options, length))
+    return found
+
+
+def _sizes(steps: int) -> list[tuple[str, dict[str, Any], int]]:
+    sizes = (2, 3, 5, 10)
+    found = [("wash", {**advised(steps), "population_size": size}, steps) for size in sizes]
+    return found + [("independent", {"population_size": size}, steps) for size in sizes]
+
+
+STUDIES = {
+    "p": Study(
+        "How often should weights be shuffled?",
+        lambda steps: [
+            ("wash", {**advised(steps), "shuffle_probability": p}, steps)
+            for p in (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+        ],
+    ),
+    "p_steps": Study("Is it p × steps that decides, whatever the length of the run?", _lengths),
+    "schedule": Study(
+        "Should shallow layers be shuffled more, or deep ones?",
+        _wash(*({"shuffle_schedule": name} for name in ("decreasing", "constant", "increasing"))),
+    ),
+    "stop": Study(
+        "When should shuffling stop?", _wash(*({"shuffle_stop": stop} for stop in (0.25, 0.5, 0.75, 0.9, 1.0)))
+    ),
+    "start": Study(
+        "When should shuffling start?", _wash(*({"shuffle_start": start} for start in (0.0, 0.1, 0.25, 0.5)))
+    ),
+    "init": Study(
+        "Should all members start from the same weights?",
+        lambda steps: [
+            (method, {**(advised(steps) if method == "wash" else {}), "same_init": same}, steps)
+            for method in ("wash", "independent")
+            for same in (True, False)
+        ],
+    ),
+    "optimizer_state": Study(
+        "Should the optimizer's state be shuffled with the weights?",
+        _wash({"shuffle_optimizer_state": False}, {"shuffle_optimizer_state": True}),
+    ),
+    "population_size": Study("How many members?", _sizes),
+    "batch_norm": Study(
+        "Should the BatchNorm of the averaged model be estimated anew, or averaged?",
+        lambda steps: [
+            (method, {**(advised(steps) if method == "wash" else {}), "soup_batch_norm": how}, steps)
+            for method in ("wash", "independent")
+            for how in ("recalibrate", "average")
+        ],
+    ),
+    "equal_bytes": Study("At equal bytes, how does p compare with the others' intervals?", None),
+}
+
+
+def cells_of_study(
+    name: str, setting: Setting, steps: int, steps_per_epoch: int, model: nn.Module
+) -> list[tuple[str, str, dict[str, Any], int]]:
+    """
+    The runs of a study.
+
+    Args:
+        name (`str`): A key of `STUDIES`.
+        setting ([`Setting`]), steps, steps_per_epoch (`int`), model (`nn.Module`): As in a comparison.
+
+    Returns:
+        `list[tuple]`: (label, method, options, steps). Runs that are the same have the same label in all studies.
+    """
+    make = STUDIES[name].rows
+    if make is None:
+        size = setting.population_size
+        rows = [
+            (method, for_budget(method, budget, model, size, steps, steps_per_epoch), steps)
+            for method in ("wash", "papa", "sparta", "local_sgd", "diloco")
+            for budget in BUDGETS
+            if round(1 / budget) <= steps
+        ]
+    else:
+        rows = make(steps)
+    found = []
+    for method, options, length in rows:
+        # Defaults are left out, so that the same run has the same name wherever it is asked for.
+        same = {"shuffle_schedule": "decreasing", "shuffle_start": 0.0, "shuffle_stop": 1.0, "same_init": True,
+                "shuffle_optimizer_state": False, "soup_batch_norm": "recalibrate",
+                "population_size": setting.population_size}  # fmt: skip
+        options = {option: value for option, value in options.items() if same.get(option) != value}
+        words = [method, *(f"{option}={value}" for option, value in sorted(options.items())), f"steps={length}"]
+        label = "-".join(words).replace("shuffle_", "").replace("average_", "")
+        found.append((label, method, {**METHODS[method].options, **options}, length))
+    return found
+
+
+def titled(cell: dict[str, Any], population_size: int, steps: int) -> str:
+    """A run in words, with what the study varies even where it is the default."""
+    options = {"shuffle_stop": 1.0, **cell["options"]} if cell["options"]["mixing"] == "wash" else cell["options"]
+    said = describe(options)
+    size = options.get("population_size", population_size)
+    words = [METHODS[cell["method"]].title + ("+Opt" if options.get("shuffle_optimizer_state") else "")]
+    words += [said] if said else []
+    words += [f"N = {size}"] if "N = " not in said else []
+    words += [f"{cell['steps']} steps"] if cell["steps"] != steps else []
+    return ", ".join(words)
+
+
+def conclusion(rows: list[Row]) -> str:
+    """What a reader should take from a study, computed: the best averaged model, and what cannot be told from it."""
+    if any(len(row.cells) < 2 for row in rows):
+        return "One seed: nothing can be told."
+    best = max(rows, key=lambda row: statistics.fmean(row.values("soup")))
+    level, behind = [], []
+    for row in rows:
+        found = difference(best, row) if row is not best else None
+        if found is not None:
+            (level if found[0] < 2 * found[1] else behind).append(row.title)
+    text = f"The best averaged model: {best.title}."
+    if level:
+        text += f" Not told apart from it (within two standard errors): {'; '.join(level)}."
+    if behind:
+        text += f" Behind it: {'; '.join(behind)}."
+    return text
+
+
+def tables_of(kept: dict[str, Any]) -> str:
+    """All studies of a record, as Markdown."""
+    size, steps = kept["setting"]["population_size"], kept["steps"]
+    found: dict[str, Row] = {}
+    for cell in kept["cells"]:
+        title = titled(cell, size, steps)
+        found.setdefault(cell["label"], Row(title, cell["label"], cell["method"], [])).cells.append(cell)
+    parts = []
+    header = ["", "seeds", "members, %", "ensemble, %", "averaged model, %", "greedy soup, %", "copies sent a step",
+              "consensus distance"]  # fmt: skip
+    for name, labels in kept["studies"].items():
+        rows = [found[label] for label in labels if label in found]
+        if not rows:
+            continue
+        lines = [
+            [
+                row.title,
+                str(len(row.cells)),
+                *(spread(row.values(what)) for what in ("members", "ensemble", "soup", "greedy")),
+                short(statistics.fmean(row.values("copies_per_step"))),
+                short(statistics.fmean(row.values("consensus_distance"))),
+            ]
+            for row in rows
+        ]
+        parts.append(f"**{STUDIES[name].question}**\n\n{markdown(header, lines)}\n\n{conclusion(rows)}")
+    return "\n\n".join(parts)

@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+"""
+Find, for each method, the setting that suits the length of a preset's run: six trials each, of the same length, judged
+by held-out training data; the test set is not looked at.
+
+    python examples/tune_methods.py --preset glyphs-short
+    python examples/tune_methods.py --preset glyphs-long --methods wash papa --time_limit 60
+
+The raw results and what was chosen are written to `docs/results/tuning-PRESET.json`, which `compare_methods.py` reads.
+What is free at a fixed number of bytes (when to stop a shuffle, PAPA's α, DiLoCo's outer learning rate) is tuned for each
+budget, too, in three trials each.
+"""
+
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compare_methods import SettingArguments, begin, run_all
+from comparison.cell import Cell
+from comparison.methods import BUDGETS, FREE, METHODS, describe, for_budget, label, trials
+from comparison.record import RESULTS, cells_for, record, save
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+
+TUNABLE = [name for name, method in METHODS.items() if "tuned" in method.kinds]
+# Of the training images, for the choice alone: 2 % of a small set are too few to choose by.
+HELD_OUT = 0.2
+
+
+@dataclass
+class TuneArguments:
+    """What is tuned."""
+
+    methods: list[str] = field(
+        default_factory=lambda: list(TUNABLE), metadata={"help": f"Of {', '.join(TUNABLE)}. Default: all."}
+    )
+    budgets: list[float] = field(
+        default_factory=lambda: list(BUDGETS),
+        metadata={"help": "Copies of the model that a member sends in a step. Default: 0.01 0.04 0.1."},
+    )
+    seeds: int = field(default=1, metadata={"help": "Seeds for each trial."})
+
+    def __post_init__(self):
+        for name in self.methods:
+            if name not in TUNABLE:
+                raise ValueError(f"--methods {name}: there is nothing to tune. There is in: {', '.join(TUNABLE)}.")
+        if self.seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, found {self.seeds}.")
+
+
+def chosen_of(results: list[dict[str, Any]], cells: list[Cell]) -> dict[str, dict[str, Any]]:
+    """
+    For each row of a comparison of which all trials are finished (equal effort for all), the options of the trial with
+    the best averaged model on held-out data; of equal ones the first.
+
+    Args:
+        results (`list[dict]`): Of the cells that are finished; their labels are a row's, a dot, and a number.
+        cells (`list[Cell]`): All.
+    """
+    finished = {(result["label"], result["seed"]) for result in results}
+    unfinished = {cell.label.rpartition(".")[0] for cell in cells if (cell.label, cell.seed) not in finished}
+    scores: dict[str, dict[str, list[float]]] = {}
+    options: dict[str, dict[str, Any]] = {}
+    for result in results:
+        row, _, _ = result["label"].rpartition(".")
+        if row in unfinished:
+            continue
+        scores.setdefault(row, {}).setdefault(result["label"], []).append(result["held_out"]["soup"])
+        method = METHODS[result["method"]].options
+        options[result["label"]] = {n: value for n, value in result["options"].items() if n not in method}
+    found = {}
+    for row, tried in scores.items():
+        best = max(tried, key=lambda name: statistics.fmean(tried[name]))
+        found[row] = options[best]
+    # At a budget the comparison computes what the bytes decide, from its own length.
+    free = {name: set(given[0]) for name, given in FREE.items()}
+    return {
+        row: {n: v for n, v in given.items() if "@" not in row or n in free[row.partition("@")[0]]}
+        for row, given in found.items()
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Tune; returns the exit code."""
+    parser = HfArgumentParser([SettingArguments, TuneArguments], description=(__doc__ or "").split("\n\n")[0])
+    logging.set_verbosity_error()
+    given, wanted = parser.parse_args_into_dataclasses(args=arguments)
+    setting = given.setting().but(hold_out=HELD_OUT, evaluate_on="held_out")
+    runner, steps, model, steps_per_epoch = begin(given, setting, "tune")
+    tried = [(name, "tuned", options) for name in wanted.methods for options in trials(name, steps)]
+    for budget in wanted.budgets:
+        for name in (name for name in wanted.methods if name in FREE):
+            for free in FREE[name]:
+                options = for_budget(name, budget, model, setting.population_size, steps, steps_per_epoch, free)
+                tried.append((name, f"{budget:g}", options))
+    rows = []
+    for name, kind, options in tried:
+        number = 1 + sum(row[0].rpartition(".")[0] == label(name, kind) for row in rows)
+        rows.append((f"{label(name, kind)}.{number}", name, {**METHODS[name].options, **options}, steps))
+    cells = cells_for(rows, wanted.seeds, setting)
+    results, code = run_all(runner, cells, given)
+    if not results:
+        return code
+    chosen = chosen_of(results, cells)
+    kept = record("tuning", setting, steps, results, chosen=chosen)
+    path = Path(given.record or RESULTS / f"tuning-{setting.name}.json")
+    save(path, kept)
+    for row, options in chosen.items():
+        print(
+            f"{row}: {describe({'mixing': METHODS[row.partition('@')[0].partition('-')[0]].options['mixing'], **options})}"
+        )
+    print(f"Written to {path}.")
+    return code
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -30,7 +30,10 @@ def draw(runs: list[Run]) -> bytes:
                 linestyle="-" if soup else "--", marker=None if soup else "o", markersize=3.5,
                 label={True: "a member to the soup, and beyond", False: "a member to another"}[soup],
             )  # fmt: skip
-        axes.set_title(f"{run.name if run.method == 'this run' else run.method}: barrier {run.surveyed['barrier']:.2g} nats", fontsize=11)
+        axes.set_title(
+            f"{run.name if run.method == 'this run' else run.method}: barrier {run.surveyed['barrier']:.2g} nats",
+            fontsize=11,
+        )
         axes.set_xlabel("position on the line (0: its start, 1: its end)")
         axes.grid(color=look.grid, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)

@@ -224,7 +224,7 @@ def draw_layers(
         bar = figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.02)
         bar.set_label(what, color=look.ink, fontsize=9)
         bar.ax.tick_params(colors=look.ink, labelsize=8)
-        bar.outline.set_edgecolor(look.ink)  # type: ignore[operator]
+        bar.outline.set_edgecolor(look.ink)
         _finish(axes, look, "optimizer step", "layer, from input to output", grid=None)
     axes.set_yticks(ticks, labels, fontsize=7.5)
     return figure

@@ -238,12 +238,12 @@ class _TimedDiagnostics(PopulationDiagnostics):
 
 
 def measure_diagnostics(members: int) -> dict:
-    """The part of training that `PopulationDiagnostics` takes at its default interval, and what a report takes after it."""
+    """The part of training that `PopulationDiagnostics` takes at its default interval."""
     found = {}
     # A run has at most 50 measurements, or one at each step; of a run of 500 steps one in ten steps has one.
     for name, shape, steps, batch in (
-        ("ViT of 96 × 4", (32, 96, 4, 4), 200, 32),
-        ("ViT-S/16", (224, 384, 12, 16), 4, 4),
+        ("ViT of 96 × 4", (32, 96, 4, 4), 100, 32),
+        ("ViT-S/16", (224, 384, 12, 16), 3, 4),
     ):
         with tempfile.TemporaryDirectory() as folder:
             diagnostics = _TimedDiagnostics()

@@ -53,6 +53,7 @@ def report(
 
 def _measure(folder: Path, eval_data: Path, train_data: Path | None, batch_size: int, step: int) -> dict[str, Any]:
     import copy
+    import functools
 
     import torch
 
@@ -104,8 +105,8 @@ def _measure(folder: Path, eval_data: Path, train_data: Path | None, batch_size:
             step=step,
             soup_weights=soup.state_dict(),
             answer_at=answer_at,
-            as_they_are=[lambda member=member: answers_of(member) for member in members],
-            soup_as_it_is=lambda: answers_of(soup),
+            as_they_are=[functools.partial(answers_of, member) for member in members],
+            soup_as_it_is=functools.partial(answers_of, soup),
             about={
                 "examples": len(images),
                 "data": f"{eval_data.name or eval_data}, evenly spaced",

@@ -60,7 +60,7 @@ class Run:
     def steps(self) -> int | None:
         """Optimizer steps of the run, if known."""
         logged = [int(entry["step"]) for entry in self.log if is_number(entry.get("step"))]
-        return self.record.get("training", {}).get("steps") or max(logged, default=None)  # type: ignore[type-var]
+        return self.record.get("training", {}).get("steps") or max(logged, default=None)
 
     @property
     def method(self) -> str:

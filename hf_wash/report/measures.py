@@ -178,8 +178,7 @@ class LayerSample:
     def values(self, model: nn.Module) -> torch.Tensor:
         """A member's sampled values, layer after layer: float32, of shape `(sampled weights,)`, where the model is."""
         found = []
-        for layer, parameters in shuffled_layers(model).items():
-            del layer
+        for parameters in shuffled_layers(model).values():
             for name, parameter in parameters.items():
                 chosen = self._chosen.get(name)
                 if chosen is None:

@@ -5,6 +5,7 @@ through the soup, how often members disagree, how well they are calibrated, how 
 How a model answers, and where its BatchNorm statistics come from, is passed in; the mathematics is in `measures`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ def survey(
         return found
     lines: list[dict[str, Any] | None] = []
     received: tuple[int, dict[str, torch.Tensor]] | None = None
-    for place, (start, end) in enumerate(lines_of(len(members))):
+    for start, end in lines_of(len(members)):
         first, second = members[start], None if end is None else members[end]
         if second is not None and (received is None or received[0] != second):
             # A copy: what one step of the iterator yields belongs to it.
@@ -138,10 +139,9 @@ def survey(
             own = population.wholes[first - population.indices[0]].state_dict()
             own = {name: value for name, value in own.items() if name not in exclude}
             other = received[1] if second is not None and received is not None else soup_weights
-            line = attempt(lambda own=own, other=other, second=second: _along(own, other, second is None, answer_at))
+            line = attempt(functools.partial(_along, own, other, second is None, answer_at))
             if line is not None:
                 line = {"from": f"member {first}", "to": SOUP if second is None else f"member {second}", **line}
-        del place
         lines.append(line)
     answers = [attempt(each) for each in as_they_are]
     soup = attempt(soup_as_it_is) if soup_as_it_is is not None else None

@@ -6,6 +6,7 @@ processes hear of it, it is said in a sentence, and training ends as it would ha
 """
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -187,8 +188,8 @@ class Reporting(Part):
             step=self.state.global_step,
             soup_weights=soup.whole.state_dict(),
             answer_at=answer_at,
-            as_they_are=[lambda member=member: self._answers_of(member, examples) for member in self.members],
-            soup_as_it_is=lambda: self._answers_of(soup, examples),
+            as_they_are=[functools.partial(self._answers_of, member, examples) for member in self.members],
+            soup_as_it_is=functools.partial(self._answers_of, soup, examples),
             exclude=shared,
             left_out=self.soup.left_out,
             about=about,

@@ -63,7 +63,9 @@ class Collator:
         if self.view == "crop_flip":
             mirrored = torch.rand(len(pixels)) < 0.5
             pixels[mirrored] = pixels[mirrored].flip(-1)
-        return {"pixel_values": (pixels / 255 - self.mean) / self.std, "labels": labels}
+        # Channels last: a fifth of a step's time on a CPU.
+        pixels = ((pixels / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return {"pixel_values": pixels, "labels": labels}
 
     @staticmethod
     def _crop(pixels: torch.Tensor) -> torch.Tensor:

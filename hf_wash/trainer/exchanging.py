@@ -109,7 +109,8 @@ class Exchanging(Part):
         self.mixing.mix(step)
         for member, own, target in zip(self.members, batches, targets, strict=True):
             with as_member(self, member):
-                repair(member.model, target, own, forward=self._forward_as_it_is)
+                # Not compiled, since activations are looked at on the way.
+                repair(member.model, target, own, forward=self._forward_without_labels)
 
     def _can_be_repaired(self) -> bool:
         """Whether a model has what is rescaled or measured anew; the same on every process."""
@@ -137,7 +138,7 @@ class Exchanging(Part):
         found = []
         for member, own in zip(self.members, batches, strict=True):
             with as_member(self, member):
-                measured = channel_statistics(member.model, own, forward=self._forward_as_it_is)
+                measured = channel_statistics(member.model, own, forward=self._forward_without_labels)
             # What is frozen is shared among members, and the same in their average.
             trained = {name for name, module in member.model.named_modules() if _is_trained_convolution(module)}
             found.append(
@@ -151,12 +152,6 @@ class Exchanging(Part):
                 {name: (two[0].to(self.args.device), two[1].to(self.args.device)) for name, two in mean.items()}
             )
         return targets
-
-    def _forward_as_it_is(self, model: nn.Module, batch: Any) -> None:
-        """Not compiled, since activations are looked at on the way."""
-        inputs = self._prepare_inputs(batch)
-        with self.compute_loss_context_manager():
-            model(**{name: value for name, value in inputs.items() if name not in self.label_names})
 
 
 def _is_trained_convolution(module: nn.Module) -> bool:

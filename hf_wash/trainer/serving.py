@@ -132,11 +132,14 @@ class Serving(Part):
 
     def _recalibrate(self, model: nn.Module, batches: Iterable[Any]) -> None:
         def forward(model: nn.Module, batch: Any) -> None:
-            inputs = self._prepare_inputs(batch)
-            with self.compute_loss_context_manager():
-                forward_without_labels(model, inputs, self.label_names, call=self.model_wrapped)
+            self._forward_without_labels(model, batch, self.model_wrapped)
 
         recalibrate_batch_norm(model, batches, forward=forward, max_batches=self.args.soup_batch_norm_batches)
+
+    def _forward_without_labels(self, model: nn.Module, batch: Any, call: Any = None) -> None:
+        inputs = self._prepare_inputs(batch)
+        with self.compute_loss_context_manager():
+            forward_without_labels(model, inputs, self.label_names, call)
 
     def _keep_members(self) -> None:
         """*Collective.* What has been trained is not lost for a soup that cannot be made of it."""

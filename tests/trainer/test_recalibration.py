@@ -46,9 +46,12 @@ def run(folder, model, **settings):
     return population(folder, started(model), size=2, eval_strategy="no", **{"max_steps": 4, **settings})
 
 
-@pytest.mark.parametrize("model", [Required, Used])
-def test_a_model_that_asks_for_its_labels_gets_them(tmp_path, model):
-    trainer, expected = run(tmp_path / "asks", model), run(tmp_path / "plain", Plain)
+REPAIRED = {"mixing": "papa_all", "average_interval": 2, "shuffle_probability": None}
+
+
+@pytest.mark.parametrize(("model", "options"), [(Required, {}), (Used, {}), (Required, REPAIRED)])
+def test_a_model_that_asks_for_its_labels_gets_them(tmp_path, model, options):
+    trainer, expected = (run(tmp_path / each.__name__, each, **options) for each in (model, Plain))
     trainer.check()
     trainer.train()
     expected.train()

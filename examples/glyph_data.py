@@ -13,6 +13,15 @@ An image is drawn from `(seed, split, index)` alone: train and test never share 
 images of the smaller one, and neither threads nor batches matter. Outlines are read from the font files, in whole
 numbers, and filled by this file: no renderer, whose versions differ, has a part in it. On one machine the bytes are
 always the same; elsewhere sines and cosines may differ in their last bit, and with them a rare byte by one.
+
+A single model with the preset's recipe reaches, in percent of the training and of the test set, as measured by
+`OMP_NUM_THREADS=1 python examples/benchmarks/glyph_baseline.py --preset glyphs-short --seeds 0 1 2` (and `glyphs-long`,
+`--seeds 0`), in 20 and 80 seconds of one core of an AMD EPYC (torch 2.14, transformers 5.23):
+
+    glyphs-short    82.26 ± 1.91 and 74.57 ± 1.80    limited by its steps
+    glyphs-long     100.00 and 80.37                 limited by its images
+
+docs/glyphs.md says more of them.
 """
 
 import dataclasses

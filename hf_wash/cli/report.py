@@ -71,6 +71,8 @@ def _measure(folder: Path, eval_data: Path, train_data: Path | None, batch_size:
     if has_batch_norm(soup) and train_data is not None:
         batch_norm = "re-estimated at every point of a line on the same {} training batches of {} images"
         for batch in ImageFolder(train_data, folder, batch_size, shuffled=True):
+            if training and len(batch["pixel_values"]) < len(training[0]["pixel_values"]):
+                break  # the last one, perhaps of a single image, which has no variance
             training.append({"pixel_values": batch["pixel_values"]})
             if len(training) == _RECALIBRATION_BATCHES:
                 break

@@ -224,6 +224,8 @@ class Reporting(Part):
         with as_member(self, soup):
             loader = self.get_train_dataloader()
             for batch in getattr(loader, "base_dataloader", loader):
+                if batches and (find_batch_size(batch) or 0) < (find_batch_size(batches[0]) or 0):
+                    break  # the last one, perhaps of a single example, which has no variance
                 batches.append(batch)
                 if len(batches) == RECALIBRATION_BATCHES:
                     break

@@ -105,6 +105,8 @@ class AveragingMixer:
         if buffers:
             for own, member in zip(self._tensors, members, strict=True):
                 own += [buffer for buffer in member.buffers() if buffer.is_floating_point()]
+        # Buckets and plans are made for these, whatever becomes of the tensors.
+        self._shapes = [tensor.shape for tensor in self._tensors[0]]
         self._device = self._tensors[0][0].device
         wide = any(tensor.dtype == torch.float64 for tensor in self._tensors[0])
         self._dtype = torch.float64 if wide else torch.float32

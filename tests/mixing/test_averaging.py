@@ -213,6 +213,18 @@ def test_sparta_follows_members_that_got_other_memory_and_refuses_those_that_are
     assert all(torch.equal(a[n], b[n]) for a, b in zip(states(members), before, strict=True) for n in a)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (40, 40)])
+def test_sparta_never_looks_beyond_parameters_that_have_got_another_shape(shape):
+    members = population(2)
+    mixer = SpartaMixer(members, probability=1.0)
+    for member in members:
+        member[3].weight.data = torch.randn(shape)
+    before = states(members)
+    with pytest.raises(ValueError, match=r"The parameter '3.weight' of member 0 is no longer of the shape, dtype"):
+        mixer.mix(1)
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(states(members), before, strict=True) for n in a)
+
+
 def test_finite_members_whose_sum_would_be_infinite_stay_what_they_are():
     members = population(2)
     with torch.no_grad():

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .agreement import agree, architecture, check_members, processes
+from .agreement import agree, architecture, averaged_buffers, check_members, processes
 from .outcome import ContagionError, MixStats, PlanMismatchError
 from .schedule import check_probability
 
@@ -65,7 +65,7 @@ class AveragingMixer:
         options (`dict`, *optional*):
             What all processes have to agree on beside the members.
         buffers (`bool`, *optional*, defaults to `False`):
-            Whether floating-point buffers (BatchNorm's statistics) are averaged, too.
+            Whether floating-point buffers that are saved with the model (BatchNorm's statistics) are averaged, too.
         process_group (`torch.distributed.ProcessGroup`, *optional*):
             The processes that host the population. `None`: all processes if `torch.distributed` is initialised, else
             this one.
@@ -104,7 +104,7 @@ class AveragingMixer:
         self._tensors: list[list[torch.Tensor]] = [list(own.values()) for own in parameters]
         if buffers:
             for own, member in zip(self._tensors, members, strict=True):
-                own += [buffer for buffer in member.buffers() if buffer.is_floating_point()]
+                own += averaged_buffers(member).values()
         # Buckets and plans are made for these, whatever becomes of the tensors.
         self._shapes = [tensor.shape for tensor in self._tensors[0]]
         self._device = self._tensors[0][0].device
@@ -314,7 +314,7 @@ class PeriodicAverageMixer(AveragingMixer):
         last (`int`, *optional*):
             The last step after which members may be averaged. `None`: there is none.
         buffers (`bool`, *optional*, defaults to `False`):
-            Whether floating-point buffers are averaged, too.
+            Whether floating-point buffers that are saved with the model are averaged, too.
         process_group (`torch.distributed.ProcessGroup`, *optional*):
             As in [`AveragingMixer`].
 
@@ -383,7 +383,7 @@ class PairAverageMixer(PeriodicAverageMixer):
         seed (`int`, *optional*, defaults to 0):
             Of the pairs.
         buffers (`bool`, *optional*, defaults to `True`):
-            Whether floating-point buffers are averaged, too.
+            Whether floating-point buffers that are saved with the model are averaged, too.
         process_group (`torch.distributed.ProcessGroup`, *optional*):
             As in [`AveragingMixer`].
 
@@ -481,7 +481,7 @@ class PapaMixer(AveragingMixer):
 
     After the optimizer's step and the scheduler's, w ← (1 − r)·w + r·w̄ with r = rate · lr_t / lr_0: the pull falls
     with the learning rate. The paper's α is 1 − `rate`. The mean is over all members, the one that is pulled included.
-    Floating-point buffers (BatchNorm's statistics) are pulled, too; optimizer states stay.
+    Floating-point buffers that are saved (BatchNorm's statistics) are pulled, too; optimizer states stay.
 
     Args:
         members (`torch.nn.Module` or `list[torch.nn.Module]`):

@@ -66,6 +66,21 @@ def test_members_become_their_mean_at_each_interval_and_keep_their_buffers_unles
     assert stats.bytes_exchanged == 12 * size and stats.bytes_sent == 0
 
 
+@pytest.mark.parametrize("make", ["local SGD with buffers", "pairs", "PAPA"])
+def test_buffers_that_are_not_saved_are_not_averaged_since_a_mask_may_be_infinite(make):
+    members = population(2)
+    for number, member in enumerate(members):
+        member[3].register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1) + number, persistent=False)
+        member[3].register_buffer("seen", torch.full((2,), float(number)))
+    before = states(members)
+    stats = MIXERS[make](members).mix(1)
+    size = sum(value.numel() for value in before[0].values() if value.is_floating_point())
+    assert stats.values_moved == 2 * size
+    for number, member in enumerate(members):
+        assert torch.equal(member[3].mask, torch.full((3, 3), float("-inf")).triu(1) + number)
+        assert not torch.equal(member[3].seen, before[number]["3.seen"])
+
+
 @pytest.mark.parametrize("make", ["local SGD", "pairs", "PAPA", "DiLoCo"])
 def test_in_how_many_blocks_a_bucket_is_filled_changes_nothing(make, monkeypatch):
     whole, parted = population(3), population(3)
@@ -289,6 +304,7 @@ def test_diloco_goes_on_from_its_state_bit_for_bit():
 
 MIXERS = {
     "local SGD": lambda members: PeriodicAverageMixer(members, interval=1),
+    "local SGD with buffers": lambda members: PeriodicAverageMixer(members, interval=1, buffers=True),
     "pairs": lambda members: PairAverageMixer(members, interval=1),
     "PAPA": lambda members: PapaMixer(
         members, [torch.optim.SGD(m.parameters(), lr=0.1) for m in members], rate=0.5, interval=1

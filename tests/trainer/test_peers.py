@@ -334,6 +334,22 @@ def test_a_p_of_another_method_is_not_taken_over(tmp_path):
 # What is counted, and what is expected of it
 
 
+class Masked(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1), persistent=False)
+
+
+@pytest.mark.parametrize("mixing", ["papa", "papa_all", "papa_2"])
+def test_a_buffer_that_is_not_saved_is_neither_averaged_nor_expected_to_be(mixing, tmp_path, monkeypatch):
+    monkeypatch.setattr("small_peers.Tiny", Masked)
+    trainer = tiny_trainer(tmp_path, mixing, average_interval=7)
+    expected = trainer.check()
+    trainer.train()
+    assert (trainer.values_moved, trainer.bytes_exchanged) == (expected.values_moved, expected.bytes_exchanged)
+    assert all(torch.equal(member.mask, Masked().mask) for member in trainer.population.members)
+
+
 @pytest.mark.parametrize("mixing", PEERS)
 def test_what_is_counted_is_what_check_expects_and_the_log_says(mixing, tmp_path):
     options = {"average_interval": 7} if mixing not in ("sparta",) else {"shuffle_probability": 1.0}

@@ -149,6 +149,28 @@ def test_papa_goes_by_the_learning_rate_it_is_told_to_begin_with():
     assert close(states(members)[0][name], 0.75 * before[0][name].double() + 0.25 * mean(before, name))
 
 
+def test_papa_reads_the_learning_rate_of_an_optimizer_that_has_loaded_its_state():
+    members = population(2)
+    optimizers = [torch.optim.SGD(member.parameters(), lr=0.1) for member in members]
+    mixer = PapaMixer(members, optimizers, rate=1.0, interval=1)
+    for optimizer in optimizers:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.param_groups[0]["lr"] = 0.0
+    before = states(members)
+    mixer.mix(1)
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(states(members), before, strict=True) for n in a)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 256, 257, 1000, 4099])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_over_many_processes_that_agree_are_exact(processes, dtype):
+    modulus = averaging.remainder_of(dtype, processes)
+    assert 1 < modulus <= averaging._REMAINDERS[dtype]
+    check = torch.tensor([modulus - 1], dtype=dtype)
+    sums = torch.stack([check, check * check]).expand(2, processes).cumsum(1, dtype=dtype)[:, -1].tolist()
+    assert sums == [(modulus - 1) * processes, (modulus - 1) ** 2 * processes]
+
+
 def test_each_child_is_the_mean_of_a_pair_and_all_pairs_are_drawn_alike():
     members = population(4)
     mixer = PairAverageMixer(members, interval=1, seed=3)

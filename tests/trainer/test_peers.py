@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from small_peers import EPOCH, LEARNING_RATE, PEERS, Same, by_hand, tiny_trainer
+from small_peers import EPOCH, LEARNING_RATE, PEERS, Same, Tiny, by_hand, tiny_trainer
 from small_population import Digits, StopAt, digest, population, resnet, started
 
 from hf_wash import MemberOverrides, WashConfig, uniform_soup

@@ -44,6 +44,21 @@ def averaged_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def alike(buffers: Sequence[dict[str, torch.Tensor]], numbers: range) -> list[tuple]:
+    """Names, shapes and dtypes of the members' averaged buffers. Raises a `ValueError` where they differ."""
+    listings = [[(plain_name(name), tuple(b.shape), str(b.dtype)) for name, b in own.items()] for own in buffers]
+    for number, theirs in zip(numbers, listings, strict=True):
+        if problem := unlike(listings[0], theirs, numbers[0], number):
+            raise ValueError(problem)
+    return listings[0]
+
+
+def place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a buffer, and the buffer's name there."""
+    path, _, last = name.rpartition(".")
+    return model.get_submodule(path), last
+
+
 def check_members(members: Sequence[nn.Module], numbers: range) -> list[dict[str, nn.Parameter]]:
     """
     Check that this process's members can exchange weights.
@@ -121,7 +136,7 @@ def agree(group: dist.ProcessGroup, error: str | None, description: dict, layout
         for key, value in reference.items():
             if other[key] == value:
                 continue
-            if key == "architecture":
+            if key in ("architecture", "buffers that are averaged"):
                 first = process * reference["number of members"]
                 return unlike(value, other[key], 0, first), ()
             return (

@@ -5,7 +5,6 @@ The peers that average: at some steps members are replaced by, or pulled towards
 adds is below: when, of what, and what becomes of the mean. Steps are counted from 1, as optimizer steps taken.
 """
 
-import hashlib
 import itertools
 import math
 import time
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .agreement import agree, architecture, averaged_buffers, check_members, processes
+from .agreement import agree, alike, architecture, averaged_buffers, check_members, place_of, processes
 from .outcome import ContagionError, MixStats, PlanMismatchError
 from .schedule import check_probability
 
@@ -97,9 +96,10 @@ class AveragingMixer:
         try:
             parameters = check_members(members, self._members)
             self._check()
+            averaged = [averaged_buffers(member) if buffers else {} for member in members]
             description = {
                 "architecture": architecture(members[0]), "number of members": len(members),
-                "method": type(self).__name__, **(options or {}),
+                "method": type(self).__name__, **(options or {}), "buffers that are averaged": alike(averaged, self._members),
             }  # fmt: skip
         except ValueError as found:
             error = str(found)
@@ -107,13 +107,19 @@ class AveragingMixer:
             error, _ = agree(self._group, error, description, ())
         if error is not None:
             raise ValueError(error)
-        self._names = list(parameters[0])
-        self._tensors: list[list[torch.Tensor]] = [list(own.values()) for own in parameters]
-        if buffers:
-            for own, member in zip(self._tensors, members, strict=True):
-                own += averaged_buffers(member).values()
+        self._names = [*parameters[0], *averaged[0]]
+        self._num_parameters = len(parameters[0])
+        # Buffers by their place: a module may assign another tensor to one.
+        self._buffers = [
+            [place_of(member, name) for name in own] for member, own in zip(members, averaged, strict=True)
+        ]
+        self._tensors: list[list[torch.Tensor]] = [
+            [*own.values(), *more.values()] for own, more in zip(parameters, averaged, strict=True)
+        ]
         # Buckets and plans are made for these, whatever becomes of the tensors.
         self._shapes = [tensor.shape for tensor in self._tensors[0]]
+        self._dtypes = [tensor.dtype for tensor in self._tensors[0]]
+        self._sizes = [tensor.numel() for tensor in self._tensors[0]]
         self._device = self._tensors[0][0].device
         wide = any(tensor.dtype == torch.float64 for tensor in self._tensors[0])
         self._dtype = torch.float64 if wide else torch.float32
@@ -189,24 +195,47 @@ class AveragingMixer:
             return MixStats(0, 0, 0, False, stop and self._group is None, 0, 0, 0.0)
         return self._exchange(step, stop)
 
+    def _look_up(self) -> str | None:
+        """Takes up the buffers as they are now. Returns what is no longer as it was when the mixer was built."""
+        for number, own, places in zip(self._members, self._tensors, self._buffers, strict=True):
+            own[self._num_parameters :] = [getattr(module, name, None) for module, name in places]
+            for place, (tensor, shape, dtype) in enumerate(zip(own, self._shapes, self._dtypes, strict=True)):
+                if tensor is None or tensor.shape != shape or tensor.dtype != dtype or tensor.device != self._device:
+                    return self._changed(number, place)
+        return None
+
+    def _changed(self, number: int, place: int) -> str:
+        kind = "parameter" if place < self._num_parameters else "buffer"
+        return (
+            f"The {kind} {self._names[place]!r} of member {number} is no longer of the shape, dtype and device that it "
+            f"had when the mixer was built. Nothing was written into any member; build a new mixer after such a change."
+        )
+
+    def _finite(self) -> list[bool]:
+        return [all(map(_is_finite, own)) for own in self._tensors]
+
     def _exchange(self, step: int, stop: bool) -> MixStats:
-        size = sum(tensor.numel() for tensor in self._tensors[0])
+        problem = self._look_up()
+        size = sum(self._sizes)
         bucket = self._bucket(size + TRAILER)
         blocks = list(self._blocks(bucket))
         pending, extremes, gone = [], [bucket.new_zeros(())], 0
         for block in blocks:
-            torch._foreach_copy_(block.parts, self._tensors[0][block.tensors])
-            for own in self._tensors[1:]:
-                torch._foreach_add_(block.parts, [tensor.to(self._dtype) for tensor in own[block.tensors]])
-            extremes += torch.aminmax(block.values)
+            if problem is None:
+                torch._foreach_copy_(block.parts, self._tensors[0][block.tensors])
+                for own in self._tensors[1:]:
+                    torch._foreach_add_(block.parts, [tensor.to(self._dtype) for tensor in own[block.tensors]])
+                extremes += torch.aminmax(block.values)
+            else:
+                block.values.zero_()  # the others are waiting for as many
             if block.end - gone >= _SECTION and block.end < size:
                 pending.append(self._reduce(bucket[gone : block.end]))
                 gone = block.end
         bucket[size:] = self._trailer(step, stop)
-        bucket[-1] = self._too_large(extremes)
+        bucket[-1] = self._too_large(extremes) if problem is None else 1
         pending.append(self._reduce(bucket[gone:]))
         waited = self._wait(pending)
-        stop = self._judge(bucket[size:], step, lambda: [all(map(_is_finite, own)) for own in self._tensors])
+        stop = self._judge(bucket[size:], step, lambda: problem or self._finite())
         self._apply(blocks, step)
         nbytes = sum(tensor.nbytes for own in self._tensors for tensor in own)
         return self._stats(size * len(self._members), nbytes, self._sent(bucket), stop, waited)
@@ -226,15 +255,15 @@ class AveragingMixer:
 
     def _blocks(self, bucket: torch.Tensor) -> Iterator["Block"]:
         """Parts a bucket, which has values of all tensors one after the other."""
-        sizes = [tensor.numel() for tensor in self._tensors[0]]
+        sizes = self._sizes
         enough = _BLOCK if self._device.type == "cpu" else _SECTION
         first, begin, end = 0, 0, 0
         for number, size in enumerate(sizes, 1):
             end += size
             if end - begin >= enough or (number == len(sizes) and end > begin):
                 values = bucket[begin:end]
-                parts = zip(values.split(sizes[first:number]), self._tensors[0][first:number], strict=True)
-                yield Block(slice(first, number), end, values, [part.view(like.shape) for part, like in parts])
+                parts = zip(values.split(sizes[first:number]), self._shapes[first:number], strict=True)
+                yield Block(slice(first, number), end, values, [part.view(shape) for part, shape in parts])
                 first, begin = number, end
 
     def _too_large(self, extremes: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -371,114 +400,6 @@ class PeriodicAverageMixer(AveragingMixer):
         first = self.interval if self.first is None else self.first
         past_end = self.last is not None and step > self.last
         return step >= first and not past_end and (step - first) % self.interval == 0
-
-
-class PairAverageMixer(PeriodicAverageMixer):
-    """
-    Each member becomes the mean of two random members, every so many steps: PAPA-2 (Jolicoeur-Martineau et al. 2023,
-    https://huggingface.co/papers/2304.03094, section 3).
-
-    For each child a pair of different members is drawn, uniformly among all pairs, from (seed, step), the same on every
-    process. (The published code draws among the first N pairs in lexicographic order only, so that of five children
-    four have member 0 as a parent.) A process gets the parents that it needs, each once, and no others.
-
-    Args:
-        members (`torch.nn.Module` or `list[torch.nn.Module]`):
-            As in [`AveragingMixer`].
-        interval (`int`), first (`int`, *optional*), last (`int`, *optional*):
-            As in [`PeriodicAverageMixer`].
-        seed (`int`, *optional*, defaults to 0):
-            Of the pairs.
-        buffers (`bool`, *optional*, defaults to `True`):
-            Whether floating-point buffers that are saved with the model are averaged, too.
-        process_group (`torch.distributed.ProcessGroup`, *optional*):
-            As in [`AveragingMixer`].
-
-    Raises:
-        ValueError: as [`PeriodicAverageMixer`].
-    """
-
-    def __init__(
-        self,
-        members: nn.Module | Sequence[nn.Module],
-        *,
-        interval: int,
-        first: int | None = None,
-        last: int | None = None,
-        seed: int = 0,
-        buffers: bool = True,
-        process_group: dist.ProcessGroup | None = None,
-    ):
-        self.seed = seed
-        super().__init__(
-            members, interval=interval, first=first, last=last, buffers=buffers, process_group=process_group
-        )
-
-    def _options(self) -> dict[str, Any]:
-        return {**super()._options(), "seed": self.seed}
-
-    def pairs(self, step: int) -> list[tuple[int, int]]:
-        """The parents of each member, a pair of different ones for each of the N."""
-        every = list(itertools.combinations(range(self._num_members), 2))
-        words = (hashlib.sha256(f"{self.seed} {step} {child}".encode()).digest() for child in range(self._num_members))
-        return [every[int.from_bytes(word, "big") % len(every)] for word in words]
-
-    def _exchange(self, step: int, stop: bool) -> MixStats:
-        num_local, length = len(self._members), sum(tensor.numel() for tensor in self._tensors[0])
-        pairs, rank = self.pairs(step), self._members.start // num_local
-        needed = [
-            sorted({parent for pair in pairs[first : first + num_local] for parent in pair})
-            for first in range(0, self._num_members, num_local)
-        ]
-        sizes = [tensor.numel() for tensor in self._tensors[0]]
-        # The members as they were, own ones first and then those that come.
-        coming = [parent for parent in needed[rank] if parent not in self._members]
-        rows = [*self._members, *coming]
-        room = self._bucket(len(rows) * length).view(len(rows), length)
-        flat, fine = dict(zip(rows, room, strict=True)), []
-        for row, own in zip(room, self._tensors, strict=False):
-            extremes = [room.new_zeros(())]
-            for block in self._blocks(row):
-                torch._foreach_copy_(block.parts, own[block.tensors])
-                extremes += torch.aminmax(block.values)
-            fine.append(not self._too_large(extremes))
-        # Before anything travels, since with other steps other parents would.
-        trailer = self._trailer(step, stop, torch.float64)
-        trailer[-1] = not all(fine)
-        trailer = trailer.to(self._device)
-        waited = self._wait([self._reduce(trailer)])
-        stop = self._judge(trailer, step, lambda: fine)
-        sent = self._sent(trailer)
-        if self._group is not None:
-            leaving = [
-                [parent for parent in parents if parent in self._members and process != rank]
-                for process, parents in enumerate(needed)
-            ]
-            rows_out = [flat[parent] for parents in leaving for parent in parents]
-            outgoing = rows_out[0] if len(rows_out) == 1 else torch.cat([*rows_out, room.new_empty(0)])
-            senders = [parent // num_local for parent in coming]
-            began = time.perf_counter()
-            dist.all_to_all_single(
-                room[num_local:].view(-1),
-                outgoing,
-                [length * senders.count(process) for process in range(self._num_processes)],
-                [length * len(parents) for parents in leaving],
-                group=self._group,
-            )
-            waited += time.perf_counter() - began
-            sent += outgoing.nbytes
-        for index, own in zip(self._members, self._tensors, strict=True):
-            parents = [flat[parent].split(sizes) for parent in pairs[index]]
-            for tensor, *values in zip(own, *parents, strict=True):
-                one, other = (part.view_as(tensor) for part in values)
-                if tensor.dtype != self._dtype:
-                    tensor.copy_(one.lerp(other, 0.5))
-                elif index in pairs[index]:
-                    tensor.lerp_(one if index == pairs[index][1] else other, 0.5)  # less memory to read
-                else:
-                    torch.lerp(one, other, 0.5, out=tensor)
-        nbytes = sum(tensor.nbytes for own in self._tensors for tensor in own)
-        return self._stats(length * num_local, nbytes, sent, stop, waited)
 
 
 class PapaMixer(AveragingMixer):

@@ -105,6 +105,46 @@ def test_empty_parameters_are_in_nobodys_way(make):
     assert not torch.equal(states(members)[0]["3.weight"], before[0]["3.weight"])
 
 
+@pytest.mark.parametrize("make", ["local SGD with buffers", "pairs", "PAPA"])
+def test_a_buffer_that_a_module_has_assigned_anew_is_averaged(make):
+    members = population(2)
+    mixer = MIXERS[make](members)
+    for number, member in enumerate(members):
+        member[1].running_mean = torch.full((4,), float(2 * number))
+    mixer.mix(1)
+    assert all(torch.equal(member[1].running_mean, torch.ones(4)) for member in members) == (make != "PAPA")
+    assert torch.equal(members[0][1].running_mean, torch.full((4,), 0.5 if make == "PAPA" else 1.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        *itertools.product(["local SGD with buffers", "pairs", "PAPA", "DiLoCo"], ["shape", "dtype"]),
+        *itertools.product(["local SGD with buffers", "pairs", "PAPA"], ["buffer"]),
+    ],
+)
+def test_a_tensor_that_is_no_longer_what_it_was_is_refused_before_anything_is_written(make, change):
+    members = population(3)
+    mixer = MIXERS[make](members)
+    if change == "buffer":
+        members[2][1].running_var = torch.ones(5)
+    else:
+        members[2][3].weight.data = torch.ones(3, 3) if change == "shape" else members[2][3].weight.data.double()
+    before = states(members)
+    name = "1.running_var" if change == "buffer" else "3.weight"
+    with pytest.raises(ValueError, match=f"'{name}' of member 2 is no longer of the shape, dtype and device"):
+        mixer.mix(1)
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(states(members), before, strict=True) for n in a)
+
+
+def test_buffers_that_differ_are_refused_at_the_beginning():
+    members = population(2)
+    members[1][1].running_var = torch.ones(5)
+    PeriodicAverageMixer(members, interval=1)
+    with pytest.raises(ValueError, match=r"'1.running_var' has shape"):
+        PeriodicAverageMixer(members, interval=1, buffers=True)
+
+
 def test_first_and_last_say_when_averaging_begins_and_ends():
     mixer = PeriodicAverageMixer(population(2), interval=10, first=2, last=25)
     assert [step for step in range(1, 60) if mixer.is_due(step)] == [2, 12, 22]

@@ -27,7 +27,7 @@ def exported(module: str) -> list[str]:
     raise ValueError(f"{module} has no __all__")
 
 
-_TRAINING = ["WashTrainer", "WashConfig", "PopulationMixin", "PopulationArguments", "MemberOverrides"]
+_TRAINING = ["WashTrainer", "WashConfig", "PopulationMixin", "PopulationArguments", "MemberOverrides", "PopulationDiagnostics"]
 # Page, title, and what it describes.
 REFERENCE = {
     "training": ("Training", [f"hf_wash.{name}" for name in _TRAINING]),

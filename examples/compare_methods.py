@@ -201,7 +201,8 @@ def main(arguments: list[str] | None = None) -> int:
     write(runner.folder.parent, kept, given.record)
     found = rows_of(kept["cells"], setting.population_size)
     print(f"\n{comparison_table(found)}\n")
-    ours = next((row for row in found if row.label in (label("wash", "tuned"), label("wash", "default"))), None)
+    by_label = {row.label: row for row in found}
+    ours = by_label.get(label("wash", "tuned")) or by_label.get(label("wash", "default"))
     if ours is not None and chosen.seeds > 1:
         for row in (row for row in found if row is not ours):
             print(verdict(ours, row))

@@ -16,6 +16,7 @@ _MODULES = {
     "PapaMixer": "mixing",
     "PeriodicAverageMixer": "mixing",
     "PopulationArguments": "config",
+    "PopulationDiagnostics": "report.diagnostics",
     "PopulationMixin": "trainer.mixin",
     "SpartaMixer": "mixing",
     "WashConfig": "config",
@@ -34,6 +35,7 @@ __all__ = [
     "PapaMixer",
     "PeriodicAverageMixer",
     "PopulationArguments",
+    "PopulationDiagnostics",
     "PopulationMixin",
     "SpartaMixer",
     "WashConfig",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
         WashMixer,
     )
     from .population import MemberOverrides
+    from .report.diagnostics import PopulationDiagnostics
     from .soup import Ensemble, greedy_soup, recalibrate_batch_norm, uniform_soup
     from .trainer.mixin import PopulationMixin
     from .trainer.wash_trainer import WashTrainer

@@ -118,6 +118,9 @@ class PopulationArguments:
             Whether `evaluate` also reports each member and their ensemble.
         push_members (`bool`, *optional*, defaults to `False`):
             Whether pushing to the Hub uploads the members too, under `members/member_<i>/`.
+        report (`bool`, *optional*, defaults to `True`):
+            Whether a report of the run is written to `report/index.html` at the end of training. It needs matplotlib
+            (`pip install "hf-wash[report]"`) and measures members and soup on 256 evaluation examples.
 
     Raises:
         ValueError: for a value of another type or outside its range, in one sentence that names the option, what it
@@ -213,6 +216,10 @@ class PopulationArguments:
     )
     push_members: bool = field(
         default=False, metadata={"help": "Upload the members too, under members/member_<i>/ of the repository."}
+    )
+    report: bool = field(
+        default=True,
+        metadata={"help": "Write a report of the run, report/index.html, at the end of training. Needs matplotlib."},
     )
 
     def __init_subclass__(cls, **kwargs):
@@ -359,6 +366,7 @@ class PopulationArguments:
         whole("soup_batch_norm_batches", "a whole number of batches of at least 1")
         yes_or_no("evaluate_members")
         yes_or_no("push_members")
+        yes_or_no("report")
 
     def _check_options_of_the_method(self) -> None:
         for name in OPTIONS:

@@ -22,7 +22,7 @@ _DIGITS = load_digits()
 IMAGES = torch.tensor(_DIGITS.images, dtype=torch.float32)[:, None] / 16
 LABELS = torch.tensor(_DIGITS.target)
 
-TIMES = ("runtime", "per_second", "total_flos")
+TIMES = ("runtime", "per_second", "total_flos", "preparation_time")
 
 
 class Digits(torch.utils.data.Dataset):
@@ -117,7 +117,9 @@ def options(output_dir, **overrides):
 
 def population(output_dir, model=None, *, size=4, trainer=None, **overrides):
     """A [`WashTrainer`] over the digits; `trainer` holds further arguments of it."""
-    args = WashConfig(**options(output_dir, population_size=size, **{"shuffle_probability": 0.3, **overrides}))
+    args = WashConfig(
+        **options(output_dir, population_size=size, **{"shuffle_probability": 0.3, "report": False, **overrides})
+    )
     given = {"train_dataset": TRAIN, "eval_dataset": TEST, "compute_metrics": accuracy, **(trainer or {})}
     if "model_init" not in given:
         given["model"] = model if model is not None else started()

@@ -3,7 +3,7 @@ What a population costs beside a plain Trainer: time with mixing off, memory for
 step that the shuffle takes, and the time of saving.
 
     python examples/benchmarks/trainer_cost.py                       # all of these, on the CPU
-    python examples/benchmarks/trainer_cost.py overhead              # or memory, mixing or saving
+    python examples/benchmarks/trainer_cost.py overhead              # or memory, mixing, saving, diagnostics
     python examples/benchmarks/trainer_cost.py overhead --members 4  # against four plain runs one after the other
     python examples/benchmarks/trainer_cost.py overhead --vit_s      # ViT-S/16 at 224² in the place of a ViT of 96 × 4
 
@@ -24,7 +24,7 @@ import time
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
-from hf_wash import WashConfig, WashTrainer
+from hf_wash import PopulationDiagnostics, WashConfig, WashTrainer
 from hf_wash.soup.weights import open_member
 
 
@@ -86,7 +86,7 @@ def measure_overhead(pairs: int, members: int, vit_s: bool) -> dict:
             return sum(trained(lambda model: Trainer(model, args, train_dataset=data)) for _ in range(members))
 
         def ours() -> float:
-            args = WashConfig(**shared, population_size=members, mixing="independent")
+            args = WashConfig(**shared, population_size=members, mixing="independent", report=False)
             return trained(lambda model: WashTrainer(model, args, train_dataset=data))
 
         for pair in range(pairs + 1):
@@ -131,7 +131,7 @@ def measure_saving(rounds: int) -> dict:
                 if kind == "plain":
                     trainer = Trainer(model, TrainingArguments(**shared), train_dataset=data, callbacks=[timed])
                 else:
-                    args = WashConfig(**shared, population_size=2, shuffle_probability=0.001)
+                    args = WashConfig(**shared, population_size=2, shuffle_probability=0.001, report=False)
                     trainer = WashTrainer(model, args, train_dataset=data, callbacks=[timed])
                 trainer.train()
                 found["plain_checkpoint" if kind == "plain" else "checkpoint"] += timed.seconds
@@ -160,7 +160,7 @@ def peak_memory(size: int) -> None:
     """Train `size` members in this process and print its peak memory in bytes, and the model's parameters."""
     model = vit(64, 384, 8, 8)
     with tempfile.TemporaryDirectory() as folder:
-        args = WashConfig(**arguments(folder, 3, 32), population_size=size, mixing="wash", shuffle_probability=0.01)
+        args = WashConfig(**arguments(folder, 3, 32), population_size=size, shuffle_probability=0.01, report=False)
         WashTrainer(model, args, train_dataset=Noise(32 * 3, 64)).train()
     parameters = sum(p.numel() for p in model.parameters())
     print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, parameters]))
@@ -201,7 +201,9 @@ def mixing_share(steps: int, batch: int) -> None:
     """One of two processes of a ViT-S/16 population; process 0 prints the seconds of a step, of mixing and waiting."""
     model = vit(224, 384, 12, 16)
     with tempfile.TemporaryDirectory() as folder:
-        args = WashConfig(**arguments(folder, steps, batch), population_size=2, shuffle_probability=0.001)
+        args = WashConfig(
+            **arguments(folder, steps, batch), population_size=2, shuffle_probability=0.001, report=False
+        )
         trainer = WashTrainer(model, args, train_dataset=Noise(batch * steps, 224))
         began = time.perf_counter()
         trainer.train()
@@ -224,10 +226,48 @@ def measure_mixing(steps: int, batch: int) -> dict:
     }  # fmt: skip
 
 
+class _TimedDiagnostics(PopulationDiagnostics):
+    """Notes how long it takes at the ends of steps."""
+
+    seconds = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        began = time.perf_counter()
+        super().on_step_end(args, state, control, **kwargs)
+        self.seconds += time.perf_counter() - began
+
+
+def measure_diagnostics(members: int) -> dict:
+    """The part of training that `PopulationDiagnostics` takes at its default interval."""
+    found = {}
+    # A run has at most 50 measurements, or one at each step; of a run of 500 steps one in ten steps has one.
+    for name, shape, steps, batch in (
+        ("ViT of 96 × 4", (32, 96, 4, 4), 100, 32),
+        ("ViT-S/16", (224, 384, 12, 16), 3, 4),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            diagnostics = _TimedDiagnostics()
+            args = WashConfig(
+                **arguments(folder, steps, batch), population_size=members, shuffle_probability=0.01, report=False
+            )
+            data = Noise(batch * steps, shape[0])
+            trainer = WashTrainer(vit(*shape), args, train_dataset=data, eval_dataset=data, callbacks=[diagnostics])
+            began = time.perf_counter()
+            trainer.train()
+            seconds = time.perf_counter() - began
+            lines = sum(any(key.startswith("layer_spread/") for key in entry) for entry in trainer.state.log_history)
+            found[name] = {
+                "members": members, "steps": steps, "batch": batch, "measurements": lines,
+                "step_seconds": seconds / steps, "measurement_seconds": diagnostics.seconds / lines,
+                "share_of_a_run_of_500_steps": diagnostics.seconds / lines / (10 * seconds / steps),
+            }  # fmt: skip
+    return found
+
+
 def main() -> None:
     """Run what was asked for and print a JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="all", help="all, overhead, memory, mixing or saving")
+    parser.add_argument("what", nargs="?", default="all", help="all, overhead, memory, mixing, saving or diagnostics")
     parser.add_argument("numbers", nargs="*", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--pairs", type=int, default=7, help="pairs of runs for the overhead")
     parser.add_argument("--members", type=int, default=1, help="members of the population for the overhead")
@@ -238,7 +278,7 @@ def main() -> None:
         peak_memory(*chosen.numbers)
     elif chosen.what == "share":
         mixing_share(*chosen.numbers)
-    elif chosen.what in ("all", "overhead", "memory", "mixing", "saving"):
+    elif chosen.what in ("all", "overhead", "memory", "mixing", "saving", "diagnostics"):
         results = {}
         if chosen.what in ("all", "overhead"):
             results["overhead"] = measure_overhead(chosen.pairs, chosen.members, chosen.vit_s)
@@ -248,9 +288,13 @@ def main() -> None:
             results["mixing"] = measure_mixing(steps=6, batch=8)
         if chosen.what in ("all", "saving"):
             results["saving"] = measure_saving(rounds=3)
+        if chosen.what in ("all", "diagnostics"):
+            results["diagnostics"] = measure_diagnostics(members=4)
         print(json.dumps({"threads": torch.get_num_threads(), **results}, indent=1))
     else:
-        parser.error(f"what to measure must be all, overhead, memory, mixing or saving, found {chosen.what!r}")
+        parser.error(
+            f"what to measure must be all, overhead, memory, mixing, saving or diagnostics, found {chosen.what!r}"
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import hashlib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -58,6 +59,15 @@ def right(packed: str, count: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(base64.b64decode(packed), dtype=np.uint8))[:count].astype(float)
 
 
+def digest(*models: nn.Module) -> str:
+    """Short for all weights and statistics: equal for runs that are equal bit for bit."""
+    found = hashlib.sha256()
+    for model in models:
+        for tensor in model.state_dict().values():
+            found.update(tensor.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
 def recalibrate(model: nn.Module, data: Data, setting: Setting, seed: int) -> nn.Module:
     """The model with BatchNorm statistics estimated anew on training batches, the same for the same seed."""
     torch.manual_seed(seed)
@@ -90,7 +100,7 @@ def measure_population(
         logits, labels = logits_of([scratch], data, data.held_out)
         return accuracy(logits[0], labels)
 
-    found: dict[str, Any] = {"consensus_distance": consensus_distance(members, soup)}
+    found: dict[str, Any] = {"consensus_distance": consensus_distance(members, soup), "digest": digest(soup)}
     parts = {"held_out": data.held_out}
     if setting.evaluate_on == "test":
         weights, record = greedy_soup(members, held_out_accuracy)
@@ -135,6 +145,7 @@ def measure_plain(
     found: dict[str, Any] = {
         "held_out": {"members": [scores[0]], "soup": scores[0], "ema": scores[1 + best]},
         "ema_span": span,
+        "digest": digest(model, *averages.values()),
     }
     if setting.evaluate_on == "test":
         logits, labels = logits_of([model, average], data, data.test)

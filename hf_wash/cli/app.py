@@ -17,6 +17,7 @@ from ..sentences import first_line
 from .card import card
 from .inspect import inspect
 from .push import push
+from .report import report
 from .soup import soup
 from .terminal import Remarks, note
 
@@ -32,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _command in (soup, push, card, inspect):
+for _command in (soup, push, card, inspect, report):
     app.command()(_command)
 
 

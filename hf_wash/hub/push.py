@@ -31,7 +31,7 @@ from .record import LOCAL_MEMBERS, PUSHED_MEMBERS, read_record
 logger = logging.getLogger(__name__)
 
 # As Trainer's uploads leave out: checkpoints, and what a run keeps for itself (`_members`, unfinished checkpoints).
-_LEFT_OUT = ["_*", "checkpoint-*", *DEFAULT_IGNORE_PATTERNS]
+_LEFT_OUT = ["_*", "checkpoint-*", "report/*", *DEFAULT_IGNORE_PATTERNS]
 # With the machine and the process that it is for.
 _SNAPSHOT_PREFIX = f"_pushing-{platform.node()}-"
 

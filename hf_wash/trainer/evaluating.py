@@ -108,6 +108,8 @@ class Evaluating(Part):
         ensemble = summarize(beside.ensemble) if beside.ensemble.batches else None
         metrics = evaluation.population_metrics(members, ensemble, self.soup.left_out)
         metrics["consensus_distance"] = self.soup.consensus_distance
+        if any(each.disagreement for each in self._diagnostics):
+            metrics |= beside.disagreement()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         # Rank 0's for all: a user's `compute_metrics` may be anything.
         return output._replace(metrics=self.population.broadcast(output.metrics))

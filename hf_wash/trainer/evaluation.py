@@ -4,6 +4,7 @@ Metrics of each member and of the ensemble beside the soup's, the same on every 
 The soup's are the Trainer's own. How a member predicts a batch, and what its loss is, is passed in.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -236,6 +237,9 @@ class BesideTheSoup:
         self._together = [index for index in range(population.size) if index not in left_out]
         self.members = [Predictions() for _ in population.members]
         self.ensemble = Predictions()
+        # For each pair of those together, on how many examples they predict different classes.
+        self._differing: dict[tuple[int, int], int] = {}
+        self._compared = 0
         self._batches = 0
 
     @property
@@ -281,9 +285,27 @@ class BesideTheSoup:
             return
         own = torch.stack([logits.detach().contiguous() for _, logits, _ in results])
         everyone = self._population.gather_tensors(own).cpu().double()
+        if self._kind == "single_label_classification":
+            self._count_differing(everyone.argmax(-1))
         mean = mean_prediction(everyone[self._together], self._kind).float()
         loss = self._ensemble_loss(mean, labels) if isinstance(labels, torch.Tensor) else None
         self._store(self.ensemble, index, size, loss, mean, results[0][2], inputs)
+
+    def _count_differing(self, classes: torch.Tensor) -> None:
+        self._compared += classes.shape[1]
+        for pair in itertools.combinations(self._together, 2):
+            differing = int((classes[pair[0]] != classes[pair[1]]).sum())
+            self._differing[pair] = self._differing.get(pair, 0) + differing
+
+    def disagreement(self) -> dict[str, float]:
+        """
+        `members_disagreement_<i>_<j>`, the fraction of examples for which two members predict different classes, and
+        `members_disagreement_mean` over all pairs; empty for what is no classification.
+        """
+        if not self._differing:
+            return {}
+        pairs = {f"members_disagreement_{i}_{j}": count / self._compared for (i, j), count in self._differing.items()}
+        return {"members_disagreement_mean": sum(pairs.values()) / len(pairs), **pairs}
 
     def _store(self, predictions: Predictions, index: int, size: int, loss, logits, labels, inputs) -> None:
         if not self._keep:

@@ -42,6 +42,7 @@ from .member import LocalMembers, as_member
 from .populating import Populating
 from .publishing import Publishing
 from .replaying import Replaying
+from .reporting import Reporting
 from .requests import Requests
 from .served_soup import NonFiniteMemberError, ServedSoup, not_finite, what_becomes_of
 from .serving import Serving
@@ -63,7 +64,7 @@ def _end_process_group_at_exit() -> None:
 
 
 class PopulationMixin(
-    Checking, Replaying, Populating, Agreeing, Exchanging, Serving, Evaluating, Checkpointing, Publishing
+    Checking, Replaying, Populating, Agreeing, Exchanging, Serving, Evaluating, Checkpointing, Reporting, Publishing
 ):
     """
     Makes a population of any [`~transformers.Trainer`]: put it in front of the Trainer, and [`PopulationArguments`] in
@@ -259,6 +260,7 @@ class PopulationMixin(
         self._bring_members_up_to_date()
         for member in self.population.members[1:]:
             self._enable_activation_checkpointing(member)  # Trainer has enabled it on the model it knows
+        self._attach_diagnostics()
         # For the loop's one call: whoever else asks for a loader gets the Trainer's own, and changes nothing.
         self.get_train_dataloader = self._members_loader
         return super()._inner_training_loop(*args, **kwargs)
@@ -479,6 +481,7 @@ class PopulationMixin(
         result = super()._finalize_training(trial, num_train_samples * self.population.size, *args, **kwargs)
         if self.args.push_members:
             self.save_members()
+        self._report_at_the_end()
         return result
 
     # ---- Save ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from ..secret_options import is_secret, without_secrets
 # Compared elsewhere, or nothing that a run's result could depend on: where it is written, logged and reported to, and
 # how its machine is used.
 _NOT_KEPT = {
-    "population_size", "seed", "push_members", "output_dir", "logging_dir", "run_name", "project", "report_to",
+    "population_size", "seed", "push_members", "report", "output_dir", "logging_dir", "run_name", "project", "report_to",
     "disable_tqdm", "logging_strategy", "logging_first_step", "logging_nan_inf_filter",
     "include_num_input_tokens_seen", "push_to_hub", "do_train", "do_eval", "do_predict", "resume_from_checkpoint",
     "local_rank", "use_cpu", "skip_memory_metrics", "debug", "dataloader_pin_memory", "dataloader_prefetch_factor",

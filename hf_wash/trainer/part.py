@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from ..config import WashConfig
 from ..population import MemberOverrides, Population
+from ..report.diagnostics import PopulationDiagnostics
 from ..soup import GreedySoupRecord
 from .data import MemberBatches
 from .log import MemberLog
@@ -84,7 +85,7 @@ class Part(Trainer):
         return _begun(self._resume)
 
     if TYPE_CHECKING:
-        # Where they are: in the mixin, `populating`, `agreeing` and `serving`.
+        # Where they are: in the mixin, `populating`, `agreeing`, `serving` and `reporting`.
         @property
         def members(self) -> list[Member]: ...
         @property
@@ -98,6 +99,8 @@ class Part(Trainer):
         def _become(self, model: nn.Module, member: Member | None = None) -> None: ...
         def _as_soup(self) -> contextlib.AbstractContextManager[None]: ...
         def _serve_soup(self) -> None: ...
+        @property
+        def _diagnostics(self) -> list[PopulationDiagnostics]: ...
         def _forward_without_labels(self, model: nn.Module, batch: Any, call: Any = None) -> None: ...
         def save_members(self, output_dir: str | None = None) -> None: ...
 

@@ -141,7 +141,7 @@ class Replaying(Part):
                 args.output_dir = str(elsewhere)
                 args.save_strategy, args.push_to_hub, args.enable_jit_checkpoint = SaveStrategy.NO, False, False
                 # A checkpoint of weights alone is found to be one whatever this trainer would write.
-                args.push_members = args.save_only_model = False
+                args.push_members = args.save_only_model = args.report = False
                 self.callback_handler.callbacks = replays.taking_part(self.callback_handler.callbacks)
                 if not keep_optimizer:
                     self.__dict__.update(optimizer=None, lr_scheduler=None)

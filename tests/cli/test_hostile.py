@@ -351,6 +351,7 @@ def test_what_the_average_refuses_is_one_line(place, monkeypatch, capfd):
     assert everything_in(place) == before
 
 
+@pytest.mark.timeout(120)  # it starts a process, which has 100 s
 def test_warnings_of_libraries_do_not_stand_beside_the_line(place):
     fields("adapter_b", "adapter_config.json", peft_type="IA3")(place)
     models = [str(place / name) for name in ("adapter_a", "adapter_b")]

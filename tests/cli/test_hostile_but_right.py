@@ -137,6 +137,7 @@ def test_leftovers_of_an_upload_are_removed_and_what_only_looks_like_one_is_not(
     assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
 
 
+@pytest.mark.timeout(120)  # it starts a process, which has 100 s
 def test_a_terminal_that_knows_few_letters_gets_all_the_same(place):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     fields("run", "wash_run.json", hardware={"text": "größer ×2"})(place)

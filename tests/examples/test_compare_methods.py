@@ -169,7 +169,7 @@ class Killed(BaseException):
 
 def test_a_killed_cell_goes_on_from_its_checkpoint_to_the_same_result(photos, tmp_path):
     setting = setting_of(photos, steps=60, checkpoints=5)
-    cells = [Cell("wash", "wash", wash(), 0, 60, setting), Cell("once", "plain", PLAIN, 0, 60, setting)]
+    cells = [Cell("wash", "wash", wash(), 0, 60, setting), Cell("once", "plain", PLAIN, 0, 120, setting)]
 
     def kill_after_checkpoints(*_):
         if all(list((runner.folder / cell.name).glob("checkpoint-*")) for cell in cells):

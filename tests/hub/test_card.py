@@ -129,8 +129,8 @@ def test_bytes_are_those_counted_and_those_of_one_gradient_a_step_and_one_model_
     model = record["model"]["trainable_bytes"]
     assert model == 4 * record["model"]["trainable_parameters"]
     card.record["exchange"]["bytes_exchanged"] = model
-    assert [row[0] for row in card.exchange()] == ["WASH", "PAPA", "DDP"]
-    assert [row[2] for row in card.exchange()] == ["1", "8 ×", "80 ×"]
+    assert [row[0] for row in card.exchange()] == ["WASH", "SPARTA", "PAPA", "DDP"]
+    assert [row[2] for row in card.exchange()] == ["1", "0.4 ×", "8 ×", "80 ×"]
     assert record["exchange"]["bytes_exchanged"] == 4 * record["exchange"]["values_moved"] > 0
     card.record["population"]["size"] = 1
     assert card.exchange() == []

@@ -69,7 +69,7 @@ def trainer(folder: Path | str, kind: str = "vit", callbacks=None, **options) ->
     defaults = {
         "population_size": 2, "max_steps": 4, "per_device_train_batch_size": 8, "logging_steps": 1, "use_cpu": True,
         "shuffle_probability": 0.5, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
-        "eval_strategy": "steps", "eval_steps": 2, "dataloader_pin_memory": False,
+        "eval_strategy": "steps", "eval_steps": 2, "dataloader_pin_memory": False, "report": False,
     }  # fmt: skip
     return WashTrainer(
         model,

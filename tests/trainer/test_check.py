@@ -153,7 +153,8 @@ def test_it_says_what_the_run_then_costs(tmp_path):
     assert report.checkpoint_bytes == pytest.approx(written, rel=0.1)
     assert (report.checkpoints_written, report.checkpoints_kept) == (4, 3)
     trained = sum(4 * p.numel() for p in trainer.population.members[0].parameters())
-    assert report.others_send == {"PAPA": 4 * 4 * trained, "DDP": 4 * 40 * trained}
+    expected = {"SPARTA": round(4 * 40 * 0.005 * trained), "PAPA": 4 * 4 * trained, "DDP": 4 * 40 * trained}
+    assert report.others_send == expected
     shown = str(report)
     for expected in (
         "4 members × 40 steps of 16 samples",

@@ -1,0 +1,35 @@
+"""A population that is reported on, on one process or several; what came of it, as JSON, from process 0."""
+
+import json
+import sys
+from pathlib import Path
+
+import small_population as small
+
+from hf_wash import PopulationDiagnostics
+from hf_wash.report.gather import LAYER_KEY
+
+
+def main(folder: str, model: str) -> None:
+    make = {"vit": small.vit, "resnet": small.resnet}[model]
+    trainer = small.population(
+        folder,
+        small.started(make),
+        size=2,
+        report=True,
+        eval_steps=6,
+        trainer={"callbacks": [PopulationDiagnostics(3, barrier=True)]},
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        kept = (LAYER_KEY, "barrier", "eval_members_disagreement")
+        log = [{k: v for k, v in entry.items() if k.startswith(kept)} for entry in trainer.state.log_history]
+        outcome = {
+            "log": [entry for entry in log if entry],
+            "survey": json.loads((Path(folder) / "report/measurements.json").read_text()),
+        }
+        print("OUTCOME " + json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -4,6 +4,7 @@ files outside of docs/, the reference from docstrings, and docstrings of the Hug
 """
 
 import ast
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -27,13 +28,21 @@ def exported(module: str) -> list[str]:
     raise ValueError(f"{module} has no __all__")
 
 
-_TRAINING = ["WashTrainer", "WashConfig", "PopulationMixin", "PopulationArguments", "MemberOverrides", "PopulationDiagnostics"]
+_TRAINING = [
+    "WashTrainer",
+    "WashConfig",
+    "PopulationMixin",
+    "PopulationArguments",
+    "MemberOverrides",
+    "PopulationDiagnostics",
+]
 # Page, title, and what it describes.
 REFERENCE = {
     "training": ("Training", [f"hf_wash.{name}" for name in _TRAINING]),
     "mixing": (
         "Mixing",
-        [f"hf_wash.mixing.{name}" for name in exported("hf_wash.mixing")] + ["hf_wash.mixing.averaging.AveragingMixer"],
+        [f"hf_wash.mixing.{name}" for name in exported("hf_wash.mixing")]
+        + ["hf_wash.mixing.averaging.AveragingMixer"],
     ),
     "soup": ("Soups", [f"hf_wash.soup.{name}" for name in exported("hf_wash.soup")]),
     "hub": ("Folders and the Hub", [f"hf_wash.hub.{name}" for name in exported("hf_wash.hub")]),
@@ -87,6 +96,11 @@ def shown(path: str, uri: str) -> str:
         inside = [posixpath.join(path, name) for name in names]
         here = posixpath.dirname(uri)
         return title + "\n".join(f"- [{posixpath.basename(p)}]({posixpath.relpath(uri_of(p), here)})" for p in inside)
+    if path.endswith(".ipynb"):
+        cells = json.loads((ROOT / path).read_text())["cells"]
+        texts = (("".join(cell["source"]), cell["cell_type"]) for cell in cells)
+        told = "\n\n".join(text if kind == "markdown" else f"```python\n{text}\n```" for text, kind in texts)
+        return f"---\nsearch:\n  exclude: true\n---\n{told}\n"
     language = {".py": "python", ".md": "markdown", ".yaml": "yaml"}.get(Path(path).suffix, "text")
     return f"{title}~~~~~{language}\n{(ROOT / path).read_text().rstrip()}\n~~~~~\n"
 

@@ -68,6 +68,7 @@ def test_every_public_name_is_in_the_reference(site):
 
 def test_files_and_folders_of_the_repository_have_pages(site):
     assert "files/hf_wash/mixing/averaging.py.html" in site[0] and "files/docs/results.html" in site[0]
+    assert "files/examples/wash_in_ten_minutes.ipynb.html" in site[0]
     assert "contributing.html" in site[0] and "changelog.html" in site[0]
 
 

@@ -32,6 +32,18 @@ def architecture(model: nn.Module) -> list[tuple]:
     return [(plain_name(name), *told) for name, *told in describe_architecture(model) if name in names]
 
 
+def averaged_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """
+    The buffers that are averaged where a method averages buffers: floating-point ones that are saved with the model, as
+    BatchNorm's statistics are. What is not saved follows from the configuration, as an attention mask does.
+    """
+    saved, found = model.state_dict().keys(), {}
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name in saved and buffer.is_floating_point() and not any(buffer is other for other in found.values()):
+            found[name] = buffer
+    return found
+
+
 def check_members(members: Sequence[nn.Module], numbers: range) -> list[dict[str, nn.Parameter]]:
     """
     Check that this process's members can exchange weights.

@@ -7,6 +7,7 @@ adds is below: when, of what, and what becomes of the mean. Steps are counted fr
 
 import hashlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .agreement import agree, architecture, check_members, processes
+from .agreement import agree, architecture, averaged_buffers, check_members, processes
 from .outcome import ContagionError, MixStats, PlanMismatchError
 from .schedule import check_probability
 
@@ -27,12 +28,18 @@ TRAILER = 4
 _SECTION = 2**22
 # On a CPU it is filled, checked and emptied in blocks of about so many, which stay in the processor's cache.
 _BLOCK = 2**18
-# Steps are compared by their remainder, small enough that sums of squares over any number of processes are exact.
+# Steps are compared by their remainder from these at most; see `remainder_of`.
 _REMAINDERS = {torch.float32: 257, torch.float64: 1_000_003}
 _OTHER_STEPS = (
     "The processes came to this exchange with different steps, and this process with step {step}. Every process has to "
     "call mix() once after every step. Nothing was written into any member."
 )
+
+
+def remainder_of(dtype: torch.dtype, num_processes: int) -> int:
+    """By what a step is divided for its check number, so that sums of squares over all processes are exact."""
+    exact = round(2 / torch.finfo(dtype).eps)  # up to here every whole number is one of the dtype
+    return min(_REMAINDERS[dtype], math.isqrt(exact // num_processes) + 1)
 
 
 def check_steps(value: Any, what: str, least: int = 1) -> int:
@@ -65,7 +72,7 @@ class AveragingMixer:
         options (`dict`, *optional*):
             What all processes have to agree on beside the members.
         buffers (`bool`, *optional*, defaults to `False`):
-            Whether floating-point buffers (BatchNorm's statistics) are averaged, too.
+            Whether floating-point buffers that are saved with the model (BatchNorm's statistics) are averaged, too.
         process_group (`torch.distributed.ProcessGroup`, *optional*):
             The processes that host the population. `None`: all processes if `torch.distributed` is initialised, else
             this one.
@@ -104,7 +111,9 @@ class AveragingMixer:
         self._tensors: list[list[torch.Tensor]] = [list(own.values()) for own in parameters]
         if buffers:
             for own, member in zip(self._tensors, members, strict=True):
-                own += [buffer for buffer in member.buffers() if buffer.is_floating_point()]
+                own += averaged_buffers(member).values()
+        # Buckets and plans are made for these, whatever becomes of the tensors.
+        self._shapes = [tensor.shape for tensor in self._tensors[0]]
         self._device = self._tensors[0][0].device
         wide = any(tensor.dtype == torch.float64 for tensor in self._tensors[0])
         self._dtype = torch.float64 if wide else torch.float32
@@ -235,7 +244,7 @@ class AveragingMixer:
     def _trailer(self, step: int, stop: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
         """What stands at the end of a bucket that is fine."""
         dtype = dtype or self._dtype
-        check = step % _REMAINDERS[dtype]
+        check = step % remainder_of(dtype, self._num_processes)
         return torch.tensor([check, check * check, stop, 0], dtype=dtype)
 
     def _reduce(self, values: torch.Tensor) -> dist.Work | None:
@@ -312,7 +321,7 @@ class PeriodicAverageMixer(AveragingMixer):
         last (`int`, *optional*):
             The last step after which members may be averaged. `None`: there is none.
         buffers (`bool`, *optional*, defaults to `False`):
-            Whether floating-point buffers are averaged, too.
+            Whether floating-point buffers that are saved with the model are averaged, too.
         process_group (`torch.distributed.ProcessGroup`, *optional*):
             As in [`AveragingMixer`].
 
@@ -381,7 +390,7 @@ class PairAverageMixer(PeriodicAverageMixer):
         seed (`int`, *optional*, defaults to 0):
             Of the pairs.
         buffers (`bool`, *optional*, defaults to `True`):
-            Whether floating-point buffers are averaged, too.
+            Whether floating-point buffers that are saved with the model are averaged, too.
         process_group (`torch.distributed.ProcessGroup`, *optional*):
             As in [`AveragingMixer`].
 
@@ -479,7 +488,7 @@ class PapaMixer(AveragingMixer):
 
     After the optimizer's step and the scheduler's, w ← (1 − r)·w + r·w̄ with r = rate · lr_t / lr_0: the pull falls
     with the learning rate. The paper's α is 1 − `rate`. The mean is over all members, the one that is pulled included.
-    Floating-point buffers (BatchNorm's statistics) are pulled, too; optimizer states stay.
+    Floating-point buffers that are saved (BatchNorm's statistics) are pulled, too; optimizer states stay.
 
     Args:
         members (`torch.nn.Module` or `list[torch.nn.Module]`):
@@ -521,8 +530,7 @@ class PapaMixer(AveragingMixer):
         self._groups = _groups_of(listed, optimizers)
         self._base = [
             base_learning_rate if base_learning_rate is not None else float(group.get("initial_lr", group["lr"]))
-            for group in self._groups
-            if group is not None
+            for group in self._param_groups()
         ]
         options = {"rate": rate, "interval": interval, "steps_per_epoch": steps_per_epoch}
         super().__init__(members, options, buffers=True, process_group=process_group)
@@ -544,11 +552,14 @@ class PapaMixer(AveragingMixer):
             batch %= self.steps_per_epoch
         return batch % self.interval == 0
 
+    def _param_groups(self) -> list[dict[str, Any]]:
+        """Each member's group as it is now: an optimizer that loads a state has others afterwards."""
+        return [found[0].param_groups[found[1]] for found in self._groups if found is not None]
+
     def _apply(self, blocks: Sequence[Block], step: int) -> None:
         for block in blocks:
             block.values.div_(self._num_members)
-            for column, group, base in zip(self._tensors, self._groups, self._base, strict=True):
-                assert group is not None
+            for column, group, base in zip(self._tensors, self._param_groups(), self._base, strict=True):
                 rate = min(1.0, self.rate * float(group["lr"]) / base)
                 own = column[block.tensors]
                 if all(tensor.dtype == self._dtype for tensor in own):
@@ -558,8 +569,13 @@ class PapaMixer(AveragingMixer):
                     tensor.copy_(tensor.to(self._dtype).lerp(mean, rate))
 
 
-def _groups_of(members: Sequence[nn.Module], optimizers: Any) -> list[dict[str, Any] | None]:
-    """For each member, the parameter group that holds the first of its parameters that is in one; `None` without."""
+def _groups_of(members: Sequence[nn.Module], optimizers: Any) -> list[tuple[torch.optim.Optimizer, int] | None]:
+    """For each member, the optimizer and the place of its group that hold the member's first parameter that is in one."""
     optimizers = [optimizers] if not isinstance(optimizers, Sequence) else list(optimizers)
-    groups = {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    groups = {
+        id(parameter): (optimizer, place)
+        for optimizer in optimizers
+        for place, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+    }
     return [next((groups[id(p)] for p in member.parameters() if id(p) in groups), None) for member in members]

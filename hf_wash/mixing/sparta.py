@@ -131,13 +131,12 @@ class SpartaMixer(AveragingMixer):
 
     def _look(self) -> None:
         """Looks where the tensors lie."""
-        shapes = [tensor.shape for tensor in self._tensors[0]]
         before: Sequence[Views | None] = self._views or [None] * len(self._planes)
         self._views = [
             look(
                 plane,
                 [own[number] for own in self._tensors for number in plane.tensors],
-                [shapes[number] for number in plane.tensors],
+                [self._shapes[number] for number in plane.tensors],
                 self._device,
                 seen,
             )

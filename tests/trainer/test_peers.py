@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from small_peers import EPOCH, LEARNING_RATE, PEERS, Same, by_hand, tiny_trainer
+from small_peers import EPOCH, LEARNING_RATE, PEERS, Same, Tiny, by_hand, tiny_trainer
 from small_population import Digits, StopAt, digest, population, resnet, started
 
 from hf_wash import MemberOverrides, WashConfig, uniform_soup
@@ -339,6 +339,22 @@ def test_a_p_of_another_method_is_not_taken_over(tmp_path):
 
 
 # What is counted, and what is expected of it
+
+
+class Masked(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1), persistent=False)
+
+
+@pytest.mark.parametrize("mixing", ["papa", "papa_all", "papa_2"])
+def test_a_buffer_that_is_not_saved_is_neither_averaged_nor_expected_to_be(mixing, tmp_path, monkeypatch):
+    monkeypatch.setattr("small_peers.Tiny", Masked)
+    trainer = tiny_trainer(tmp_path, mixing, average_interval=7)
+    expected = trainer.check()
+    trainer.train()
+    assert (trainer.values_moved, trainer.bytes_exchanged) == (expected.values_moved, expected.bytes_exchanged)
+    assert all(torch.equal(member.mask, Masked().mask) for member in trainer.population.members)
 
 
 @pytest.mark.parametrize("mixing", PEERS)

@@ -2,6 +2,7 @@
 # make test    run the tests; PYTEST_ARGS="tests/mixing -x" narrows them
 # make test-reliability   all hostile situations, the slow ones too, ten storms and 50 full cycles under load
 # make test-faults   the long fault test: 20 kills at random moments, and the result of an undisturbed run
+# make docs    build the documentation as a site, in site/; a warning is an error
 # make quality lint, format and static checks; make style fixes what can be fixed
 #
 # On a bare machine (Python 3.11 or newer, git, make) each of them first creates $(VENV) and installs into it.
@@ -18,9 +19,9 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.hf-wash-installed
-CHECKED := hf_wash examples tests
+CHECKED := hf_wash examples tests mkdocs_hooks.py
 
-.PHONY: help install train test test-faults test-reliability quality style clean
+.PHONY: help install train test test-faults test-reliability quality style docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -65,5 +66,8 @@ style: $(STAMP)
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist site outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis

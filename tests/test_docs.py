@@ -7,7 +7,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = sorted(path for folder in ("hf_wash", "examples") for path in (ROOT / folder).rglob("*.py"))
 
 # [text](target "title"), also of a picture, and [name]: target at the start of a line.

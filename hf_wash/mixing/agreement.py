@@ -91,7 +91,7 @@ def check_members(members: Sequence[nn.Module], numbers: range) -> list[dict[str
     ]
     if not parameters[0]:
         raise ValueError(
-            f"{type(members[0]).__name__} has no trainable floating-point parameter, so there is nothing to shuffle."
+            f"{type(members[0]).__name__} has no trainable floating-point parameter, so there is nothing to exchange."
         )
     owners: dict[int, int] = {}
     devices: dict[torch.device, str] = {}
@@ -115,7 +115,7 @@ def check_members(members: Sequence[nn.Module], numbers: range) -> list[dict[str
             if type(parameter.data) is not torch.Tensor:
                 raise ValueError(
                     f"The parameter {name!r} of member {number} is a {type(parameter.data).__name__}; only plain "
-                    f"tensors can be shuffled."
+                    f"tensors can be exchanged."
                 )
             devices.setdefault(parameter.device, f"{name!r} of member {number}")
     if len(devices) > 1:

@@ -33,6 +33,10 @@ _OTHER_STEPS = (
     "The processes came to this exchange with different steps, and this process with step {step}. Every process has to "
     "call mix() once after every step. Nothing was written into any member."
 )
+_TOO_LARGE = (
+    "The members' values are finite at step {step}, and some are too large for a mean over all members to be sure to be "
+    "finite. The exchange of this step was not carried out, and nothing was written into any member."
+)
 
 
 def remainder_of(dtype: torch.dtype, num_processes: int) -> int:
@@ -58,9 +62,11 @@ class AveragingMixer:
     A mixer whose exchange is a mean over all members of some of their values.
 
     All values of an exchange travel in one bucket of one dtype (float32, or float64 where a tensor is), all-reduced in
-    a few large sections, one on its way while the next is filled; the mean is accumulated there, so that half-precision
-    members lose nothing by it. Nothing is written into a member before all has come. A step without an exchange sends
-    nothing. The result does not depend on how members are dealt to processes, up to rounding.
+    a few large sections, one on its way while the next is filled; the mean is accumulated there, so that the mean of
+    half-precision members is rounded only once, at the end. (So is what PAPA pulls: where a small pull is below half a
+    unit in the last place of a half-precision weight, the weight stays where it is.) Nothing is written into a member
+    before all has come. A step without an exchange sends nothing. The result does not depend on how members are dealt
+    to processes, up to rounding.
 
     A method says when ([`AveragingMixer.is_due`]), and what becomes of the sum over all members (`_apply`).
 
@@ -185,7 +191,7 @@ class AveragingMixer:
             [`MixStats`]: What was exchanged, and whether any process asked for a stop, the same on every process.
 
         Raises:
-            ContagionError: on every process, when a member is NaN or infinite. No member has changed.
+            ContagionError: on every process, when a member is NaN or infinite, or too large for a mean. No member has changed.
             PlanMismatchError: on every process, when they came with different steps. No member has changed.
             ValueError: when the step is no such integer.
         """
@@ -198,7 +204,8 @@ class AveragingMixer:
     def _look_up(self) -> str | None:
         """Takes up the buffers as they are now. Returns what is no longer as it was when the mixer was built."""
         for number, own, places in zip(self._members, self._tensors, self._buffers, strict=True):
-            own[self._num_parameters :] = [getattr(module, name, None) for module, name in places]
+            now: list[Any] = [getattr(module, name, None) for module, name in places]
+            own[self._num_parameters :] = now
             for place, (tensor, shape, dtype) in enumerate(zip(own, self._shapes, self._dtypes, strict=True)):
                 if tensor is None or tensor.shape != shape or tensor.dtype != dtype or tensor.device != self._device:
                     return self._changed(number, place)
@@ -308,7 +315,9 @@ class AveragingMixer:
             if told := next((part for part in found if isinstance(part, str)), None):
                 raise ValueError(told)
             named = [index for index, fine in enumerate(fine for part in found for fine in part) if not fine]
-            raise ContagionError(named or range(self._num_members), step)
+            if not named:
+                raise ContagionError(range(self._num_members), step, _TOO_LARGE.format(step=step))
+            raise ContagionError(named, step)
         self._stop_wanted = bool(stop)
         return bool(stop)
 

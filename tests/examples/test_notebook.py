@@ -32,9 +32,9 @@ def test_it_trains_looks_and_soups(tmp_path, monkeypatch):
         notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     found = accuracies(notebook)
-    members, ensemble, soup = found["WASH"]
+    _, ensemble, soup = found["WASH"]
     assert soup > 90 and soup > ensemble - 2
-    members, ensemble, soup = found["apart"]
+    _, ensemble, soup = found["apart"]
     assert ensemble > 90 and soup < 50
     assert "the saved model is the mean: True" in printed(notebook)
     assert "image/png" in str(notebook)

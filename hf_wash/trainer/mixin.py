@@ -108,6 +108,16 @@ class PopulationMixin(
 
     # ---- Build -----------------------------------------------------------------------------------------------------
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        for base in order[1 : order.index(PopulationMixin)]:
+            if issubclass(base, Trainer) and not issubclass(base, PopulationMixin):
+                # What it overrides would be called for the population, not for each member.
+                raise ValueError(
+                    f"`PopulationMixin` must be the first base of `{cls.__name__}`, found it behind `{base.__name__}`."
+                )
+
     def __init__(self, *args, members: list[MemberOverrides] | None = None, **kwargs):
         given = self._arguments_by_name(args, kwargs)
         config: Any = given.get("args")

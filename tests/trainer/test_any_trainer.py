@@ -6,6 +6,9 @@ from collections import Counter
 import pytest
 import torch
 from any_trainer import CHECKPOINT, SCENARIOS, STEPS, answer, losses, scenario, state_digest, with_population
+from transformers import Trainer
+
+from hf_wash import PopulationMixin
 
 
 @pytest.fixture(params=SCENARIOS)
@@ -164,3 +167,15 @@ def test_what_a_subclass_overrides_stays_in_force(tmp_path):
     trainer.evaluate()
     # The soup's and two members' on each of the batches.
     assert called["prediction_step"] == 3 * -(-len(trainer.eval_dataset) // trainer.args.eval_batch_size)
+
+
+def test_the_population_comes_before_the_trainer():
+    class Own(Trainer):
+        pass
+
+    with pytest.raises(
+        ValueError, match="`PopulationMixin` must be the first base of `Behind`, found it behind `Own`"
+    ):
+        type("Behind", (Own, PopulationMixin), {})
+    type("Before", (PopulationMixin, Own), {})
+    type("Later", (type("Plain", (), {}), type("Before", (PopulationMixin, Own), {})), {})

@@ -119,7 +119,7 @@ def test_several_cpu_processes_need_no_flag(monkeypatch):
 
 WHOLE = ("population_size", "shuffle_interval", "average_interval", "soup_batch_norm_batches")
 FRACTIONS = ("shuffle_probability", "shuffle_start", "shuffle_stop", "average_rate", "soup_holdout")
-TRUTHS = ("shuffle_optimizer_state", "same_init", "evaluate_members", "push_members")
+TRUTHS = ("shuffle_optimizer_state", "same_init", "evaluate_members", "push_members", "report")
 NAMES = ("mixing", "shuffle_schedule", "member_data", "soup", "soup_batch_norm")
 
 

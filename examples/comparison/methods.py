@@ -132,7 +132,7 @@ def for_budget(
         # It begins to count anew in each epoch, so that it sends more than one in `average_interval`, and at least once
         # an epoch: the nearest.
         interval = min(
-            range(1, steps_per_epoch + 1),
+            range(1, min(steps_per_epoch, steps) + 1),
             key=lambda every: abs(times_of(method, every, steps, steps_per_epoch).count(steps) / steps - budget),
         )
         return {**free, "average_interval": interval}
@@ -199,7 +199,9 @@ def rows(
                 if label(name, kind) in tuned:
                     add(name, kind, tuned[label(name, kind)])
                 else:
-                    left_out.append(f"{label(name, kind)}: it has not been tuned for this preset.")
+                    left_out.append(
+                        f"{label(name, kind)}: it has not been tuned for this preset; `tune_methods.py` does."
+                    )
             elif kind in ("published", "default") and kind in kinds:
                 published = METHODS[name].published
                 if METHODS[name].options.get("mixing") == "wash" and kind == "published":

@@ -32,6 +32,33 @@ def architecture(model: nn.Module) -> list[tuple]:
     return [(plain_name(name), *told) for name, *told in describe_architecture(model) if name in names]
 
 
+def averaged_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """
+    The buffers that are averaged where a method averages buffers: floating-point ones that are saved with the model, as
+    BatchNorm's statistics are. What is not saved follows from the configuration, as an attention mask does.
+    """
+    saved, found = model.state_dict().keys(), {}
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name in saved and buffer.is_floating_point() and not any(buffer is other for other in found.values()):
+            found[name] = buffer
+    return found
+
+
+def alike(buffers: Sequence[dict[str, torch.Tensor]], numbers: range) -> list[tuple]:
+    """Names, shapes and dtypes of the members' averaged buffers. Raises a `ValueError` where they differ."""
+    listings = [[(plain_name(name), tuple(b.shape), str(b.dtype)) for name, b in own.items()] for own in buffers]
+    for number, theirs in zip(numbers, listings, strict=True):
+        if problem := unlike(listings[0], theirs, numbers[0], number):
+            raise ValueError(problem)
+    return listings[0]
+
+
+def place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a buffer, and the buffer's name there."""
+    path, _, last = name.rpartition(".")
+    return model.get_submodule(path), last
+
+
 def check_members(members: Sequence[nn.Module], numbers: range) -> list[dict[str, nn.Parameter]]:
     """
     Check that this process's members can exchange weights.
@@ -64,7 +91,7 @@ def check_members(members: Sequence[nn.Module], numbers: range) -> list[dict[str
     ]
     if not parameters[0]:
         raise ValueError(
-            f"{type(members[0]).__name__} has no trainable floating-point parameter, so there is nothing to shuffle."
+            f"{type(members[0]).__name__} has no trainable floating-point parameter, so there is nothing to exchange."
         )
     owners: dict[int, int] = {}
     devices: dict[torch.device, str] = {}
@@ -88,7 +115,7 @@ def check_members(members: Sequence[nn.Module], numbers: range) -> list[dict[str
             if type(parameter.data) is not torch.Tensor:
                 raise ValueError(
                     f"The parameter {name!r} of member {number} is a {type(parameter.data).__name__}; only plain "
-                    f"tensors can be shuffled."
+                    f"tensors can be exchanged."
                 )
             devices.setdefault(parameter.device, f"{name!r} of member {number}")
     if len(devices) > 1:
@@ -109,7 +136,7 @@ def agree(group: dist.ProcessGroup, error: str | None, description: dict, layout
         for key, value in reference.items():
             if other[key] == value:
                 continue
-            if key == "architecture":
+            if key in ("architecture", "buffers that are averaged"):
                 first = process * reference["number of members"]
                 return unlike(value, other[key], 0, first), ()
             return (

@@ -5,8 +5,8 @@ The peers that average: at some steps members are replaced by, or pulled towards
 adds is below: when, of what, and what becomes of the mean. Steps are counted from 1, as optimizer steps taken.
 """
 
-import hashlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .agreement import agree, architecture, check_members, processes
+from .agreement import agree, alike, architecture, averaged_buffers, check_members, place_of, processes
 from .outcome import ContagionError, MixStats, PlanMismatchError
 from .schedule import check_probability
 
@@ -27,12 +27,22 @@ TRAILER = 4
 _SECTION = 2**22
 # On a CPU it is filled, checked and emptied in blocks of about so many, which stay in the processor's cache.
 _BLOCK = 2**18
-# Steps are compared by their remainder, small enough that sums of squares over any number of processes are exact.
+# Steps are compared by their remainder from these at most; see `remainder_of`.
 _REMAINDERS = {torch.float32: 257, torch.float64: 1_000_003}
 _OTHER_STEPS = (
     "The processes came to this exchange with different steps, and this process with step {step}. Every process has to "
     "call mix() once after every step. Nothing was written into any member."
 )
+_TOO_LARGE = (
+    "The members' values are finite at step {step}, and some are too large for a mean over all members to be sure to be "
+    "finite. The exchange of this step was not carried out, and nothing was written into any member."
+)
+
+
+def remainder_of(dtype: torch.dtype, num_processes: int) -> int:
+    """By what a step is divided for its check number, so that sums of squares over all processes are exact."""
+    exact = round(2 / torch.finfo(dtype).eps)  # up to here every whole number is one of the dtype
+    return min(_REMAINDERS[dtype], math.isqrt(exact // num_processes) + 1)
 
 
 def check_steps(value: Any, what: str, least: int = 1) -> int:
@@ -52,9 +62,11 @@ class AveragingMixer:
     A mixer whose exchange is a mean over all members of some of their values.
 
     All values of an exchange travel in one bucket of one dtype (float32, or float64 where a tensor is), all-reduced in
-    a few large sections, one on its way while the next is filled; the mean is accumulated there, so that half-precision
-    members lose nothing by it. Nothing is written into a member before all has come. A step without an exchange sends
-    nothing. The result does not depend on how members are dealt to processes, up to rounding.
+    a few large sections, one on its way while the next is filled; the mean is accumulated there, so that the mean of
+    half-precision members is rounded only once, at the end. (So is what PAPA pulls: where a small pull is below half a
+    unit in the last place of a half-precision weight, the weight stays where it is.) Nothing is written into a member
+    before all has come. A step without an exchange sends nothing. The result does not depend on how members are dealt
+    to processes, up to rounding.
 
     A method says when ([`AveragingMixer.is_due`]), and what becomes of the sum over all members (`_apply`).
 
@@ -65,7 +77,7 @@ class AveragingMixer:
         options (`dict`, *optional*):
             What all processes have to agree on beside the members.
         buffers (`bool`, *optional*, defaults to `False`):
-            Whether floating-point buffers (BatchNorm's statistics) are averaged, too.
+            Whether floating-point buffers that are saved with the model (BatchNorm's statistics) are averaged, too.
         process_group (`torch.distributed.ProcessGroup`, *optional*):
             The processes that host the population. `None`: all processes if `torch.distributed` is initialised, else
             this one.
@@ -90,9 +102,10 @@ class AveragingMixer:
         try:
             parameters = check_members(members, self._members)
             self._check()
+            averaged = [averaged_buffers(member) if buffers else {} for member in members]
             description = {
                 "architecture": architecture(members[0]), "number of members": len(members),
-                "method": type(self).__name__, **(options or {}),
+                "method": type(self).__name__, **(options or {}), "buffers that are averaged": alike(averaged, self._members),
             }  # fmt: skip
         except ValueError as found:
             error = str(found)
@@ -100,11 +113,19 @@ class AveragingMixer:
             error, _ = agree(self._group, error, description, ())
         if error is not None:
             raise ValueError(error)
-        self._names = list(parameters[0])
-        self._tensors: list[list[torch.Tensor]] = [list(own.values()) for own in parameters]
-        if buffers:
-            for own, member in zip(self._tensors, members, strict=True):
-                own += [buffer for buffer in member.buffers() if buffer.is_floating_point()]
+        self._names = [*parameters[0], *averaged[0]]
+        self._num_parameters = len(parameters[0])
+        # Buffers by their place: a module may assign another tensor to one.
+        self._buffers = [
+            [place_of(member, name) for name in own] for member, own in zip(members, averaged, strict=True)
+        ]
+        self._tensors: list[list[torch.Tensor]] = [
+            [*own.values(), *more.values()] for own, more in zip(parameters, averaged, strict=True)
+        ]
+        # Buckets and plans are made for these, whatever becomes of the tensors.
+        self._shapes = [tensor.shape for tensor in self._tensors[0]]
+        self._dtypes = [tensor.dtype for tensor in self._tensors[0]]
+        self._sizes = [tensor.numel() for tensor in self._tensors[0]]
         self._device = self._tensors[0][0].device
         wide = any(tensor.dtype == torch.float64 for tensor in self._tensors[0])
         self._dtype = torch.float64 if wide else torch.float32
@@ -170,7 +191,7 @@ class AveragingMixer:
             [`MixStats`]: What was exchanged, and whether any process asked for a stop, the same on every process.
 
         Raises:
-            ContagionError: on every process, when a member is NaN or infinite. No member has changed.
+            ContagionError: on every process, when a member is NaN or infinite, or too large for a mean. No member has changed.
             PlanMismatchError: on every process, when they came with different steps. No member has changed.
             ValueError: when the step is no such integer.
         """
@@ -180,24 +201,48 @@ class AveragingMixer:
             return MixStats(0, 0, 0, False, stop and self._group is None, 0, 0, 0.0)
         return self._exchange(step, stop)
 
+    def _look_up(self) -> str | None:
+        """Takes up the buffers as they are now. Returns what is no longer as it was when the mixer was built."""
+        for number, own, places in zip(self._members, self._tensors, self._buffers, strict=True):
+            now: list[Any] = [getattr(module, name, None) for module, name in places]
+            own[self._num_parameters :] = now
+            for place, (tensor, shape, dtype) in enumerate(zip(own, self._shapes, self._dtypes, strict=True)):
+                if tensor is None or tensor.shape != shape or tensor.dtype != dtype or tensor.device != self._device:
+                    return self._changed(number, place)
+        return None
+
+    def _changed(self, number: int, place: int) -> str:
+        kind = "parameter" if place < self._num_parameters else "buffer"
+        return (
+            f"The {kind} {self._names[place]!r} of member {number} is no longer of the shape, dtype and device that it "
+            f"had when the mixer was built. Nothing was written into any member; build a new mixer after such a change."
+        )
+
+    def _finite(self) -> list[bool]:
+        return [all(map(_is_finite, own)) for own in self._tensors]
+
     def _exchange(self, step: int, stop: bool) -> MixStats:
-        size = sum(tensor.numel() for tensor in self._tensors[0])
+        problem = self._look_up()
+        size = sum(self._sizes)
         bucket = self._bucket(size + TRAILER)
         blocks = list(self._blocks(bucket))
         pending, extremes, gone = [], [bucket.new_zeros(())], 0
         for block in blocks:
-            torch._foreach_copy_(block.parts, self._tensors[0][block.tensors])
-            for own in self._tensors[1:]:
-                torch._foreach_add_(block.parts, [tensor.to(self._dtype) for tensor in own[block.tensors]])
-            extremes += torch.aminmax(block.values)
+            if problem is None:
+                torch._foreach_copy_(block.parts, self._tensors[0][block.tensors])
+                for own in self._tensors[1:]:
+                    torch._foreach_add_(block.parts, [tensor.to(self._dtype) for tensor in own[block.tensors]])
+                extremes += torch.aminmax(block.values)
+            else:
+                block.values.zero_()  # the others are waiting for as many
             if block.end - gone >= _SECTION and block.end < size:
                 pending.append(self._reduce(bucket[gone : block.end]))
                 gone = block.end
         bucket[size:] = self._trailer(step, stop)
-        bucket[-1] = self._too_large(extremes)
+        bucket[-1] = self._too_large(extremes) if problem is None else 1
         pending.append(self._reduce(bucket[gone:]))
         waited = self._wait(pending)
-        stop = self._judge(bucket[size:], step, lambda: [all(map(_is_finite, own)) for own in self._tensors])
+        stop = self._judge(bucket[size:], step, lambda: problem or self._finite())
         self._apply(blocks, step)
         nbytes = sum(tensor.nbytes for own in self._tensors for tensor in own)
         return self._stats(size * len(self._members), nbytes, self._sent(bucket), stop, waited)
@@ -217,15 +262,15 @@ class AveragingMixer:
 
     def _blocks(self, bucket: torch.Tensor) -> Iterator["Block"]:
         """Parts a bucket, which has values of all tensors one after the other."""
-        sizes = [tensor.numel() for tensor in self._tensors[0]]
+        sizes = self._sizes
         enough = _BLOCK if self._device.type == "cpu" else _SECTION
         first, begin, end = 0, 0, 0
         for number, size in enumerate(sizes, 1):
             end += size
             if end - begin >= enough or (number == len(sizes) and end > begin):
                 values = bucket[begin:end]
-                parts = zip(values.split(sizes[first:number]), self._tensors[0][first:number], strict=True)
-                yield Block(slice(first, number), end, values, [part.view(like.shape) for part, like in parts])
+                parts = zip(values.split(sizes[first:number]), self._shapes[first:number], strict=True)
+                yield Block(slice(first, number), end, values, [part.view(shape) for part, shape in parts])
                 first, begin = number, end
 
     def _too_large(self, extremes: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -235,7 +280,7 @@ class AveragingMixer:
     def _trailer(self, step: int, stop: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
         """What stands at the end of a bucket that is fine."""
         dtype = dtype or self._dtype
-        check = step % _REMAINDERS[dtype]
+        check = step % remainder_of(dtype, self._num_processes)
         return torch.tensor([check, check * check, stop, 0], dtype=dtype)
 
     def _reduce(self, values: torch.Tensor) -> dist.Work | None:
@@ -270,7 +315,9 @@ class AveragingMixer:
             if told := next((part for part in found if isinstance(part, str)), None):
                 raise ValueError(told)
             named = [index for index, fine in enumerate(fine for part in found for fine in part) if not fine]
-            raise ContagionError(named or range(self._num_members), step)
+            if not named:
+                raise ContagionError(range(self._num_members), step, _TOO_LARGE.format(step=step))
+            raise ContagionError(named, step)
         self._stop_wanted = bool(stop)
         return bool(stop)
 
@@ -312,7 +359,7 @@ class PeriodicAverageMixer(AveragingMixer):
         last (`int`, *optional*):
             The last step after which members may be averaged. `None`: there is none.
         buffers (`bool`, *optional*, defaults to `False`):
-            Whether floating-point buffers are averaged, too.
+            Whether floating-point buffers that are saved with the model are averaged, too.
         process_group (`torch.distributed.ProcessGroup`, *optional*):
             As in [`AveragingMixer`].
 
@@ -364,114 +411,6 @@ class PeriodicAverageMixer(AveragingMixer):
         return step >= first and not past_end and (step - first) % self.interval == 0
 
 
-class PairAverageMixer(PeriodicAverageMixer):
-    """
-    Each member becomes the mean of two random members, every so many steps: PAPA-2 (Jolicoeur-Martineau et al. 2023,
-    https://huggingface.co/papers/2304.03094, section 3).
-
-    For each child a pair of different members is drawn, uniformly among all pairs, from (seed, step), the same on every
-    process. (The published code draws among the first N pairs in lexicographic order only, so that of five children
-    four have member 0 as a parent.) A process gets the parents that it needs, each once, and no others.
-
-    Args:
-        members (`torch.nn.Module` or `list[torch.nn.Module]`):
-            As in [`AveragingMixer`].
-        interval (`int`), first (`int`, *optional*), last (`int`, *optional*):
-            As in [`PeriodicAverageMixer`].
-        seed (`int`, *optional*, defaults to 0):
-            Of the pairs.
-        buffers (`bool`, *optional*, defaults to `True`):
-            Whether floating-point buffers are averaged, too.
-        process_group (`torch.distributed.ProcessGroup`, *optional*):
-            As in [`AveragingMixer`].
-
-    Raises:
-        ValueError: as [`PeriodicAverageMixer`].
-    """
-
-    def __init__(
-        self,
-        members: nn.Module | Sequence[nn.Module],
-        *,
-        interval: int,
-        first: int | None = None,
-        last: int | None = None,
-        seed: int = 0,
-        buffers: bool = True,
-        process_group: dist.ProcessGroup | None = None,
-    ):
-        self.seed = seed
-        super().__init__(
-            members, interval=interval, first=first, last=last, buffers=buffers, process_group=process_group
-        )
-
-    def _options(self) -> dict[str, Any]:
-        return {**super()._options(), "seed": self.seed}
-
-    def pairs(self, step: int) -> list[tuple[int, int]]:
-        """The parents of each member, a pair of different ones for each of the N."""
-        every = list(itertools.combinations(range(self._num_members), 2))
-        words = (hashlib.sha256(f"{self.seed} {step} {child}".encode()).digest() for child in range(self._num_members))
-        return [every[int.from_bytes(word, "big") % len(every)] for word in words]
-
-    def _exchange(self, step: int, stop: bool) -> MixStats:
-        num_local, length = len(self._members), sum(tensor.numel() for tensor in self._tensors[0])
-        pairs, rank = self.pairs(step), self._members.start // num_local
-        needed = [
-            sorted({parent for pair in pairs[first : first + num_local] for parent in pair})
-            for first in range(0, self._num_members, num_local)
-        ]
-        sizes = [tensor.numel() for tensor in self._tensors[0]]
-        # The members as they were, own ones first and then those that come.
-        coming = [parent for parent in needed[rank] if parent not in self._members]
-        rows = [*self._members, *coming]
-        room = self._bucket(len(rows) * length).view(len(rows), length)
-        flat, fine = dict(zip(rows, room, strict=True)), []
-        for row, own in zip(room, self._tensors, strict=False):
-            extremes = [room.new_zeros(())]
-            for block in self._blocks(row):
-                torch._foreach_copy_(block.parts, own[block.tensors])
-                extremes += torch.aminmax(block.values)
-            fine.append(not self._too_large(extremes))
-        # Before anything travels, since with other steps other parents would.
-        trailer = self._trailer(step, stop, torch.float64)
-        trailer[-1] = not all(fine)
-        trailer = trailer.to(self._device)
-        waited = self._wait([self._reduce(trailer)])
-        stop = self._judge(trailer, step, lambda: fine)
-        sent = self._sent(trailer)
-        if self._group is not None:
-            leaving = [
-                [parent for parent in parents if parent in self._members and process != rank]
-                for process, parents in enumerate(needed)
-            ]
-            rows_out = [flat[parent] for parents in leaving for parent in parents]
-            outgoing = rows_out[0] if len(rows_out) == 1 else torch.cat([*rows_out, room.new_empty(0)])
-            senders = [parent // num_local for parent in coming]
-            began = time.perf_counter()
-            dist.all_to_all_single(
-                room[num_local:].view(-1),
-                outgoing,
-                [length * senders.count(process) for process in range(self._num_processes)],
-                [length * len(parents) for parents in leaving],
-                group=self._group,
-            )
-            waited += time.perf_counter() - began
-            sent += outgoing.nbytes
-        for index, own in zip(self._members, self._tensors, strict=True):
-            parents = [flat[parent].split(sizes) for parent in pairs[index]]
-            for tensor, *values in zip(own, *parents, strict=True):
-                one, other = (part.view_as(tensor) for part in values)
-                if tensor.dtype != self._dtype:
-                    tensor.copy_(one.lerp(other, 0.5))
-                elif index in pairs[index]:
-                    tensor.lerp_(one if index == pairs[index][1] else other, 0.5)  # less memory to read
-                else:
-                    torch.lerp(one, other, 0.5, out=tensor)
-        nbytes = sum(tensor.nbytes for own in self._tensors for tensor in own)
-        return self._stats(length * num_local, nbytes, sent, stop, waited)
-
-
 class PapaMixer(AveragingMixer):
     """
     Members are pulled a little towards their mean, every few steps: PAPA (Jolicoeur-Martineau et al. 2023,
@@ -479,7 +418,7 @@ class PapaMixer(AveragingMixer):
 
     After the optimizer's step and the scheduler's, w ← (1 − r)·w + r·w̄ with r = rate · lr_t / lr_0: the pull falls
     with the learning rate. The paper's α is 1 − `rate`. The mean is over all members, the one that is pulled included.
-    Floating-point buffers (BatchNorm's statistics) are pulled, too; optimizer states stay.
+    Floating-point buffers that are saved (BatchNorm's statistics) are pulled, too; optimizer states stay.
 
     Args:
         members (`torch.nn.Module` or `list[torch.nn.Module]`):
@@ -521,8 +460,7 @@ class PapaMixer(AveragingMixer):
         self._groups = _groups_of(listed, optimizers)
         self._base = [
             base_learning_rate if base_learning_rate is not None else float(group.get("initial_lr", group["lr"]))
-            for group in self._groups
-            if group is not None
+            for group in self._param_groups()
         ]
         options = {"rate": rate, "interval": interval, "steps_per_epoch": steps_per_epoch}
         super().__init__(members, options, buffers=True, process_group=process_group)
@@ -544,11 +482,14 @@ class PapaMixer(AveragingMixer):
             batch %= self.steps_per_epoch
         return batch % self.interval == 0
 
+    def _param_groups(self) -> list[dict[str, Any]]:
+        """Each member's group as it is now: an optimizer that loads a state has others afterwards."""
+        return [found[0].param_groups[found[1]] for found in self._groups if found is not None]
+
     def _apply(self, blocks: Sequence[Block], step: int) -> None:
         for block in blocks:
             block.values.div_(self._num_members)
-            for column, group, base in zip(self._tensors, self._groups, self._base, strict=True):
-                assert group is not None
+            for column, group, base in zip(self._tensors, self._param_groups(), self._base, strict=True):
                 rate = min(1.0, self.rate * float(group["lr"]) / base)
                 own = column[block.tensors]
                 if all(tensor.dtype == self._dtype for tensor in own):
@@ -558,8 +499,13 @@ class PapaMixer(AveragingMixer):
                     tensor.copy_(tensor.to(self._dtype).lerp(mean, rate))
 
 
-def _groups_of(members: Sequence[nn.Module], optimizers: Any) -> list[dict[str, Any] | None]:
-    """For each member, the parameter group that holds the first of its parameters that is in one; `None` without."""
+def _groups_of(members: Sequence[nn.Module], optimizers: Any) -> list[tuple[torch.optim.Optimizer, int] | None]:
+    """For each member, the optimizer and the place of its group that hold the member's first parameter that is in one."""
     optimizers = [optimizers] if not isinstance(optimizers, Sequence) else list(optimizers)
-    groups = {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    groups = {
+        id(parameter): (optimizer, place)
+        for optimizer in optimizers
+        for place, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+    }
     return [next((groups[id(p)] for p in member.parameters() if id(p) in groups), None) for member in members]

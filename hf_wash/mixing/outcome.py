@@ -6,29 +6,31 @@ from dataclasses import dataclass
 
 class ContagionError(RuntimeError):
     """
-    A member would have handed NaN or infinite values to others. Raised on every process, at the same step.
+    A member would have handed NaN or infinite values to others, or a mean would have become so. Raised on every process, at the same step.
 
     Attributes:
         members (`tuple[int, ...]`):
-            The members whose values were not finite.
+            The members whose values were not finite; all of them where finite values are too large for a mean.
         step (`int`):
-            The step of the shuffle that was refused.
+            The step of the exchange that was refused.
     """
 
-    def __init__(self, members: Sequence[int], step: int):
+    def __init__(self, members: Sequence[int], step: int, reason: str | None = None):
         self.members = tuple(members)
         self.step = step
         who = f"Member {members[0]} holds" if len(members) == 1 else f"Members {', '.join(map(str, members))} hold"
+        reason = reason or (
+            f"{who} NaN or infinite values among those to be exchanged at step {step}. The exchange of this step was "
+            f"not carried out, so no other member has got any of them."
+        )
         super().__init__(
-            f"{who} NaN or infinite values among those to be shuffled at step {step}. The shuffle of this step was not "
-            f"carried out, so no other member has got any of them. Resume from a checkpoint before this step, with a "
-            f"lower learning rate or clipped gradients."
+            f"{reason} Resume from a checkpoint before this step, with a lower learning rate or clipped gradients."
         )
 
 
 class PlanMismatchError(RuntimeError):
     """
-    Processes came to a shuffle with different plans, of different steps for example. Raised on every process.
+    Processes came to an exchange with different plans, of different steps for example. Raised on every process.
 
     Nothing was written into any member.
     """

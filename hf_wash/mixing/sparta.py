@@ -119,7 +119,7 @@ class SpartaMixer(AveragingMixer):
         else:
             bucket[-1] = self._too_large(torch.aminmax(bucket[:length]))
         waited = self._wait([self._reduce(bucket)])
-        stop = self._judge(bucket[length:], step, lambda: self._finite(header))
+        stop = self._judge(bucket[length:], step, lambda: self._finite_ones(header))
         for values, total in zip(held, sums, strict=True):
             values.copy_(total.div_(self._num_members))
         shipment.scatter()
@@ -131,29 +131,24 @@ class SpartaMixer(AveragingMixer):
 
     def _look(self) -> None:
         """Looks where the tensors lie."""
-        shapes = [tensor.shape for tensor in self._tensors[0]]
         before: Sequence[Views | None] = self._views or [None] * len(self._planes)
         self._views = [
             look(
                 plane,
                 [own[number] for own in self._tensors for number in plane.tensors],
-                [shapes[number] for number in plane.tensors],
+                [self._shapes[number] for number in plane.tensors],
                 self._device,
                 seen,
             )
             for plane, seen in zip(self._planes, before, strict=True)
         ]
 
-    def _finite(self, header: np.ndarray | torch.Tensor) -> list[bool] | str:
+    def _finite_ones(self, header: np.ndarray | torch.Tensor) -> list[bool] | str:
         """Which local members gave finite values only, by the bits that gathering has set; or what could not be read."""
         for view in self._views:
             if view.exists is not None:
                 local, place = divmod(int(np.flatnonzero(~view.exists)[0]), len(view.plane.tensors))
-                return (
-                    f"The parameter {self._names[view.plane.tensors[place]]!r} of member {self._members[local]} is no "
-                    f"longer of the shape, dtype and device that it had when the mixer was built. Nothing was written "
-                    f"into any member; build a new mixer after such a change."
-                )
+                return self._changed(self._members[local], view.plane.tensors[place])
         bits = header[BAD:].tolist()
         return [not bits[local // 64] >> local % 64 & 1 for local in range(len(self._members))]
 

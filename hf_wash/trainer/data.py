@@ -93,6 +93,11 @@ class MemberLoader:
         """An iterator over a loader, in the order of an epoch, that does not read ahead."""
         if hasattr(dataloader, "set_epoch"):
             dataloader.set_epoch(epoch)
+        return MemberLoader.iterate_beside(dataloader, epoch)
+
+    @staticmethod
+    def iterate_beside(dataloader: Any, epoch: int) -> Iterator:
+        """As `iterate`, for a loader that is made beside the one in use: the data set, which is the same, is told nothing."""
         # As Trainer does: Accelerate's `set_epoch` does not reach the sampler of a wrapped batch sampler.
         sampler: Any = getattr(getattr(dataloader, "batch_sampler", None), "batch_sampler", None)
         if hasattr(sampler, "set_epoch"):

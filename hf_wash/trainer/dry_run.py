@@ -26,6 +26,7 @@ from ..hub.kinds import kind_of
 from ..hub.traffic import others_send, size_of
 from ..hub.wording import bytes_text, short
 from ..methods import METHODS
+from ..mixing.agreement import averaged_buffers
 from ..mixing.schedule import expected_values_moved
 from ..population.streams import RandomStreams
 
@@ -375,7 +376,7 @@ def expected_exchange(
     trained = [p for p in whole.parameters() if p.requires_grad and p.is_floating_point()]
     times = args.average_times(steps, steps_per_epoch)
     if times is not None:
-        buffers = [b for b in whole.buffers() if b.is_floating_point()] if METHODS[args.mixing].buffers else []
+        buffers = averaged_buffers(whole).values() if METHODS[args.mixing].buffers else ()
         exchanges = members * times.count(steps)
         return exchanges * sum(t.numel() for t in (*trained, *buffers)), exchanges * size_of([*trained, *buffers])
     bytes_each = size_of(trained) / max(1, sum(p.numel() for p in trained))

@@ -128,7 +128,7 @@ class Exchanging(Part):
                 offset = REPAIR_SEED_OFFSET + step * self.population.size + member.index
                 set_seed((self.args.seed + offset) % 2**32)
                 with as_member(self, member):
-                    loader = MemberLoader.iterate(self.get_train_dataloader(), step)
+                    loader = MemberLoader.iterate_beside(self.get_train_dataloader(), step)
                     return list(itertools.islice(loader, REPAIR_BATCHES))
             finally:
                 streams.restore(before)

@@ -111,6 +111,24 @@ def other_options():
     }
 
 
+def other_buffers():
+    member = model(dist.get_rank())
+    if dist.get_rank() == 1:
+        member[1].running_mean = torch.zeros(7)
+    return {"error": caught(ValueError, lambda: PeriodicAverageMixer(member, interval=1, buffers=True))}
+
+
+def changed(method):
+    member = model(dist.get_rank())
+    mixer = mixer_of(method, [member], torch.optim.SGD(member.parameters(), lr=0.1))
+    if dist.get_rank() == 1:
+        member[2].weight.data = torch.zeros(3, 3)
+    before = [parameter.clone() for parameter in member.parameters()]
+    step = next(step for step in range(1, 10) if mixer.is_due(step))
+    error = caught(ValueError, lambda: mixer.mix(step))
+    return {"error": error, "untouched": all(map(torch.equal, before, member.parameters()))}
+
+
 def stop(method):
     member = model(dist.get_rank())
     mixer = mixer_of(method, [member], torch.optim.SGD(member.parameters(), lr=0.1))

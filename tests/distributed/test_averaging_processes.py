@@ -16,7 +16,9 @@ SCENARIOS = [
     *(["contagion", method] for method in METHODS),
     *(["disagreement", method] for method in METHODS),
     *(["stop", method] for method in METHODS),
+    *(["changed", method] for method in METHODS),
     ["other_options"],
+    ["other_buffers"],
 ]
 
 
@@ -99,3 +101,15 @@ def test_options_and_methods_that_differ_are_named_on_all_processes(answers):
         assert "agree on the seed: process 0 has 0 and process 1 1" in answer["seed"]
         assert "agree on the method: process 0 has 'SpartaMixer' and process 1 'Periodic" in answer["method"]
         assert "probability must be a number between 0 and 1, and is 2.0" in answer["one is wrong"]
+
+
+def test_buffers_that_differ_between_processes_are_named_on_all(answers):
+    for answer in answers("other_buffers"):
+        assert "ValueError" in answer["error"] and "'1.running_mean' has shape (7,) in member 1" in answer["error"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_parameter_that_changed_its_shape_on_one_process_is_named_on_all(answers, method):
+    for answer in answers("changed", method):
+        assert answer["error"].startswith("ValueError: The parameter '2.weight' of member 1 is no longer of the shape")
+        assert answer["untouched"]

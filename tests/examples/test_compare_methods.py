@@ -290,6 +290,8 @@ def test_settings_of_a_budget_send_that_many_copies(model):
         papa = for_budget("papa", budget, model, 3, 700, 61)
         sent = times_of("papa", papa["average_interval"], 700, 61).count(700) / 700
         assert sent == pytest.approx(max(budget, 12 / 700), rel=0.2)
+    # A run that is shorter than an epoch.
+    assert for_budget("papa", 0.1, model, 3, 40, 61)["average_interval"] == 10
     with pytest.raises(ValueError, match="WASH sends at most"):
         for_budget("wash", 0.9, model, 3, 700, 61)
 

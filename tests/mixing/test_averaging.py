@@ -66,6 +66,21 @@ def test_members_become_their_mean_at_each_interval_and_keep_their_buffers_unles
     assert stats.bytes_exchanged == 12 * size and stats.bytes_sent == 0
 
 
+@pytest.mark.parametrize("make", ["local SGD with buffers", "pairs", "PAPA"])
+def test_buffers_that_are_not_saved_are_not_averaged_since_a_mask_may_be_infinite(make):
+    members = population(2)
+    for number, member in enumerate(members):
+        member[3].register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1) + number, persistent=False)
+        member[3].register_buffer("seen", torch.full((2,), float(number)))
+    before = states(members)
+    stats = MIXERS[make](members).mix(1)
+    size = sum(value.numel() for value in before[0].values() if value.is_floating_point())
+    assert stats.values_moved == 2 * size
+    for number, member in enumerate(members):
+        assert torch.equal(member[3].mask, torch.full((3, 3), float("-inf")).triu(1) + number)
+        assert not torch.equal(member[3].seen, before[number]["3.seen"])
+
+
 @pytest.mark.parametrize("make", ["local SGD", "pairs", "PAPA", "DiLoCo"])
 def test_in_how_many_blocks_a_bucket_is_filled_changes_nothing(make, monkeypatch):
     whole, parted = population(3), population(3)
@@ -88,6 +103,46 @@ def test_empty_parameters_are_in_nobodys_way(make):
     before = states(members)
     MIXERS[make](members).mix(1)
     assert not torch.equal(states(members)[0]["3.weight"], before[0]["3.weight"])
+
+
+@pytest.mark.parametrize("make", ["local SGD with buffers", "pairs", "PAPA"])
+def test_a_buffer_that_a_module_has_assigned_anew_is_averaged(make):
+    members = population(2)
+    mixer = MIXERS[make](members)
+    for number, member in enumerate(members):
+        member[1].running_mean = torch.full((4,), float(2 * number))
+    mixer.mix(1)
+    assert all(torch.equal(member[1].running_mean, torch.ones(4)) for member in members) == (make != "PAPA")
+    assert torch.equal(members[0][1].running_mean, torch.full((4,), 0.5 if make == "PAPA" else 1.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        *itertools.product(["local SGD with buffers", "pairs", "PAPA", "DiLoCo"], ["shape", "dtype"]),
+        *itertools.product(["local SGD with buffers", "pairs", "PAPA"], ["buffer"]),
+    ],
+)
+def test_a_tensor_that_is_no_longer_what_it_was_is_refused_before_anything_is_written(make, change):
+    members = population(3)
+    mixer = MIXERS[make](members)
+    if change == "buffer":
+        members[2][1].running_var = torch.ones(5)
+    else:
+        members[2][3].weight.data = torch.ones(3, 3) if change == "shape" else members[2][3].weight.data.double()
+    before = states(members)
+    name = "1.running_var" if change == "buffer" else "3.weight"
+    with pytest.raises(ValueError, match=f"'{name}' of member 2 is no longer of the shape, dtype and device"):
+        mixer.mix(1)
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(states(members), before, strict=True) for n in a)
+
+
+def test_buffers_that_differ_are_refused_at_the_beginning():
+    members = population(2)
+    members[1][1].running_var = torch.ones(5)
+    PeriodicAverageMixer(members, interval=1)
+    with pytest.raises(ValueError, match=r"'1.running_var' has shape"):
+        PeriodicAverageMixer(members, interval=1, buffers=True)
 
 
 def test_first_and_last_say_when_averaging_begins_and_ends():
@@ -132,6 +187,28 @@ def test_papa_goes_by_the_learning_rate_it_is_told_to_begin_with():
     PapaMixer(members, optimizer, rate=0.5, base_learning_rate=0.2).mix(1)
     name = "3.weight"
     assert close(states(members)[0][name], 0.75 * before[0][name].double() + 0.25 * mean(before, name))
+
+
+def test_papa_reads_the_learning_rate_of_an_optimizer_that_has_loaded_its_state():
+    members = population(2)
+    optimizers = [torch.optim.SGD(member.parameters(), lr=0.1) for member in members]
+    mixer = PapaMixer(members, optimizers, rate=1.0, interval=1)
+    for optimizer in optimizers:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.param_groups[0]["lr"] = 0.0
+    before = states(members)
+    mixer.mix(1)
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(states(members), before, strict=True) for n in a)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 256, 257, 1000, 4099])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_over_many_processes_that_agree_are_exact(processes, dtype):
+    modulus = averaging.remainder_of(dtype, processes)
+    assert 1 < modulus <= averaging._REMAINDERS[dtype]
+    check = torch.tensor([modulus - 1], dtype=dtype)
+    sums = torch.stack([check, check * check]).expand(2, processes).cumsum(1, dtype=dtype)[:, -1].tolist()
+    assert sums == [(modulus - 1) * processes, (modulus - 1) ** 2 * processes]
 
 
 def test_each_child_is_the_mean_of_a_pair_and_all_pairs_are_drawn_alike():
@@ -213,13 +290,25 @@ def test_sparta_follows_members_that_got_other_memory_and_refuses_those_that_are
     assert all(torch.equal(a[n], b[n]) for a, b in zip(states(members), before, strict=True) for n in a)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (40, 40)])
+def test_sparta_never_looks_beyond_parameters_that_have_got_another_shape(shape):
+    members = population(2)
+    mixer = SpartaMixer(members, probability=1.0)
+    for member in members:
+        member[3].weight.data = torch.randn(shape)
+    before = states(members)
+    with pytest.raises(ValueError, match=r"The parameter '3.weight' of member 0 is no longer of the shape, dtype"):
+        mixer.mix(1)
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(states(members), before, strict=True) for n in a)
+
+
 def test_finite_members_whose_sum_would_be_infinite_stay_what_they_are():
     members = population(2)
     with torch.no_grad():
         for member in members:
             member[3].weight.fill_(3e38)
     before = states(members)
-    with pytest.raises(ContagionError):
+    with pytest.raises(ContagionError, match=r"^The members' values are finite at step 1, and some are too large"):
         PeriodicAverageMixer(members, interval=1).mix(1)
     assert all(torch.equal(a[n], b[n]) for a, b in zip(states(members), before, strict=True) for n in a)
 
@@ -277,6 +366,7 @@ def test_diloco_goes_on_from_its_state_bit_for_bit():
 
 MIXERS = {
     "local SGD": lambda members: PeriodicAverageMixer(members, interval=1),
+    "local SGD with buffers": lambda members: PeriodicAverageMixer(members, interval=1, buffers=True),
     "pairs": lambda members: PairAverageMixer(members, interval=1),
     "PAPA": lambda members: PapaMixer(
         members, [torch.optim.SGD(m.parameters(), lr=0.1) for m in members], rate=0.5, interval=1
@@ -294,7 +384,9 @@ def test_nan_stays_where_it_is(make):
         members[1][0].weight.fill_(float("nan"))
         members[1][3].weight.fill_(float("nan"))
     before = states(members)
-    with pytest.raises(ContagionError, match=r"Member 1 holds NaN or infinite values .* step 1\b") as raised:
+    with pytest.raises(
+        ContagionError, match=r"Member 1 holds NaN or infinite values among those to be exchanged at step 1\b"
+    ) as raised:
         mixer.mix(1)
     assert raised.value.members == (1,)
     for old, new in zip(before, states(members), strict=True):

@@ -135,8 +135,8 @@ AT_ITS_MAKING = {
     "a member frozen otherwise": (made(lambda: [net(), net().requires_grad_(False)]), ["requires_grad"]),
     "one model twice": (made(lambda: [net()] * 2), ["share the parameter"]),
     "a parameter of two members": (made(lambda: _sharing()), ["share the parameter"]),
-    "nothing to train": (made(lambda: [m.requires_grad_(False) for m in members()]), ["nothing to shuffle"]),
-    "nothing but integers": (made(lambda: [_integers(), _integers()]), ["nothing to shuffle"]),
+    "nothing to train": (made(lambda: [m.requires_grad_(False) for m in members()]), ["nothing to exchange"]),
+    "nothing but integers": (made(lambda: [_integers(), _integers()]), ["nothing to exchange"]),
     "an expanded parameter": (made(lambda: [_expanded(), _expanded()]), ["share memory"]),
     "WASH+Opt without optimizers": (made(shuffle_optimizer_state=True), ["needs the members' optimizers"]),
     "an optimizer that lacks parameters": (

@@ -137,7 +137,7 @@ class Scenario:
     def population(self, folder, size: int = 2, **overrides) -> Trainer:
         """The Trainer with nothing but [`PopulationMixin`] put before it."""
         trainer, config = with_population(self.trainer), with_population(self.config)
-        arguments = {"population_size": size, "shuffle_probability": 0.3, **overrides}
+        arguments = {"population_size": size, "shuffle_probability": 0.3, "report": False, **overrides}
         return trainer(args=config(**self.arguments(folder, **arguments)), **self.given())
 
 

@@ -24,6 +24,7 @@ def accuracies(notebook):
     return {name: tuple(map(float, figures)) for name, *figures in rows}
 
 
+@pytest.mark.slow
 def test_it_trains_looks_and_soups(tmp_path, monkeypatch):
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))

@@ -38,7 +38,7 @@ OF_SORT = {
     **dict.fromkeys(
         ("shuffle_probability", "shuffle_start", "shuffle_stop", "average_rate", "soup_holdout"), FRACTION
     ),
-    **dict.fromkeys(("shuffle_optimizer_state", "same_init", "evaluate_members", "push_members"), TRUTH),
+    **dict.fromkeys(("shuffle_optimizer_state", "same_init", "evaluate_members", "push_members", "report"), TRUTH),
     **dict.fromkeys(("mixing", "shuffle_schedule", "member_data", "soup", "soup_batch_norm"), NAME),
 }
 # An option that is not here is one whose values nobody has tried.

@@ -62,7 +62,9 @@ def options(folder: Path | str, **changes) -> dict[str, Any]:
         "output_dir": str(folder), "population_size": 2, "max_steps": STEPS, "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 2, "save_strategy": "no",
         "eval_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "seed": 3,
-        "shuffle_probability": 0.5, "dataloader_pin_memory": False, "ddp_timeout": 10, **changes,
+        "shuffle_probability": 0.5, "dataloader_pin_memory": False, "ddp_timeout": 10,
+        "report": False,  # which is made anew, in a folder where nothing else changes
+        **changes,
     }  # fmt: skip
 
 

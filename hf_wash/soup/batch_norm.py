@@ -133,7 +133,7 @@ def forward_without_labels(
     before = [buffer.clone() for buffer in buffers]
     try:
         call(**others)
-    except Exception:
+    except Exception:  # whatever a model raises that misses its labels; with them, it raises what is really wrong
         if len(others) == len(inputs):
             raise
         for buffer, value in zip(buffers, before, strict=True):

@@ -49,6 +49,8 @@ class Agreeing(Part):
         check_same_examples(self.population, self.train_dataset)
 
     def _check_model(self) -> None:
+        if self.model is None and self.model_init is not None:
+            return  # a trial has ended, and the next one makes its own
         served = self.soup.member.model if self.soup.is_built else None
         if all(self.model is not known for known in (*self.population.members, served)):
             raise ValueError(

@@ -174,8 +174,33 @@ class PopulationMixin(
         return {**dict(zip(parameters, args, strict=False)), **kwargs}
 
     def hyperparameter_search(self, *args, **kwargs):
-        """Not supported: a trial would have to rebuild the population on all processes alike."""
-        raise ValueError("`hyperparameter_search` is not supported for a population: start one run for each setting.")
+        """
+        As the Trainer's: each trial trains and scores a whole population.
+
+        Raises:
+            ValueError: without `model_init`; and if there are several processes, since a trial that is pruned ends on
+                process 0 alone and the others would wait for it.
+        """
+        if self.model_init is None:
+            raise ValueError("`hyperparameter_search` needs `model_init`: each trial starts with a new population.")
+        if self.population.world_size > 1:
+            raise ValueError(
+                "`hyperparameter_search` needs one process that hosts the whole population, found "
+                f"{self.population.world_size}: a trial that is pruned would end on one of them alone."
+            )
+        return super().hyperparameter_search(*args, **kwargs)
+
+    def _hp_search_setup(self, trial) -> None:
+        super()._hp_search_setup(trial)
+        if trial is None:
+            return
+        # What a trial sets is set after the members have been made.
+        self.args._check_population_options()
+        if self.args.population_size not in (None, self.population.size):
+            raise ValueError(
+                f"A trial cannot set `population_size` (here {self.args.population_size}, the population has "
+                f"{self.population.size} members): start one search for each."
+            )
 
     # ---- Data ------------------------------------------------------------------------------------------------------
 

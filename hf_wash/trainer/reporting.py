@@ -45,7 +45,7 @@ class Reporting(Part):
 
     def _report_at_the_end(self) -> None:
         """*Collective.* The report of the run that has just been trained."""
-        if not self.args.report or self.population.size == 1:
+        if not self.args.report or self.population.size == 1 or self.hp_search_backend is not None:
             return
         # Process 0 alone draws, but all measure, or none.
         if not self.population.broadcast(can_draw()):

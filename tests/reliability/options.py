@@ -110,7 +110,7 @@ TOGETHER = {
     "Liger kernels": (_set_later(use_liger_kernel=True), ["use_liger_kernel"]),
     "an optimizer in the backward pass": (_set_later(optim="adalomo"), ["backward pass"]),
     "GaLore, layer by layer": (_set_later(optim="galore_adamw_layerwise"), ["backward pass"]),
-    "a search": (lambda place: trainer(place).hyperparameter_search(), ["not supported for a population"]),
+    "a search": (lambda place: trainer(place).hyperparameter_search(), ["needs `model_init`"]),
 }  # fmt: skip
 
 

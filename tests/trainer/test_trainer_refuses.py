@@ -93,11 +93,6 @@ def test_members_of_different_architectures(tmp_path):
         population(tmp_path, same_init=False, trainer={"model_init": lambda: next(made)})
 
 
-def test_a_search_for_hyperparameters(tmp_path):
-    with pytest.raises(ValueError, match="not supported for a population"):
-        population(tmp_path).hyperparameter_search()
-
-
 def test_no_training_data(tmp_path):
     with pytest.raises(ValueError, match="needs a `train_dataset`"):
         population(tmp_path, trainer={"train_dataset": None}).train()

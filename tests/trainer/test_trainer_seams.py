@@ -56,6 +56,7 @@ SEAMS = {
     "train": (None, None),
     "predict": (None, None),
     "hyperparameter_search": (None, None),
+    "_hp_search_setup": ("train", "self._hp_search_setup(trial)"),
     "save_state": (None, None),
     "init_hf_repo": ("__init__", "self.init_hf_repo()"),
 }

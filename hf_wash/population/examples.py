@@ -1,4 +1,7 @@
-"""[`check_same_examples`]: whether all processes train on the same data, found out by a few examples of it."""
+"""
+[`check_same_examples`]: whether all processes train on the same data, found out by a few examples of it; and
+[`appearance`]: what a checkpoint keeps, so that other data can be told.
+"""
 
 import hashlib
 import random
@@ -65,6 +68,43 @@ def check_same_examples(population: Population, dataset: Any) -> None:
                         f"Processes 0 and {rank} do not have the same training data: example {index} of {length} differs."
                     )
                 )
+
+
+def appearance(dataset: Any) -> dict[str, Any] | None:
+    """
+    What a data set can be told from another by: the number of its examples and, of a [`datasets.Dataset`], what the first,
+    the middle and the last one look like as they are stored, without transforms. Reading these changes nothing; others,
+    which may remember what was read, are not read from.
+
+    Args:
+        dataset (`torch.utils.data.Dataset`, *optional*): As the Trainer has it.
+
+    Returns:
+        `dict` or `None`: `count`, and `digests` of examples by index, as text; nothing is known of a stream.
+    """
+    length = _length(dataset)
+    if not length:
+        return None
+    digests = {}
+    if hasattr(dataset, "with_format") and hasattr(dataset, "features"):
+        stored = dataset.with_format(None)
+        for index in sorted({0, length // 2, length - 1}):
+            try:
+                look = repr(list(_describe("", stored[index])))
+            except Exception:  # nothing can be said of it
+                continue
+            digests[str(index)] = hashlib.sha256(look.encode()).hexdigest()
+    return {"count": length, "digests": digests}
+
+
+def difference_of_appearance(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """How a data set differs from what it was, both as from [`appearance`]; `None` if it is not known to."""
+    if before["count"] != now["count"]:
+        return f"they had {before['count']} examples and have {now['count']}"
+    for index, digest in before["digests"].items():
+        if now["digests"].get(index, digest) != digest:
+            return f"example {index} of {now['count']} is another"
+    return None
 
 
 def _length(dataset: Any) -> int:

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from .. import __version__
 from ..architecture import describe_architecture, first_difference
 from ..population import MemberOverrides, copy_member
+from ..population.examples import appearance
 from . import checkpoint as checkpoints
 from . import options
 from .log import MemberLog
@@ -231,6 +232,7 @@ class Checkpointing(Part):
             "epoch": self._batches.epoch,
             "position": self._batches.position,
             "batches": self._batches_in_an_epoch(),
+            "training_data": appearance(self.train_dataset),
             "population_size": self.population.size,
             "seed": args.seed,
             "probability": self.mixing.probability,

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from . import checkpoint as checkpoints
 from . import dry_run, options
 from . import replay as replays
+from ..population.examples import appearance, difference_of_appearance
 from .part import Part
 from .replay import Difference, Replay, ReplayOver, Until
 from .served_soup import ServedSoup
@@ -60,7 +61,8 @@ class Replaying(Part):
 
         Raises:
             ValueError: on every process, for a folder that is no complete checkpoint, one of another population,
-                architecture or seed, and a run that would have to begin from members that have been trained since.
+                architecture, seed, options or data (as far as they can be told), and a run that would have to begin from
+                members that have been trained since.
         """
         if self.is_in_train:
             raise ValueError("`verify_checkpoint` replays a run of its own: call it before or after `train`.")
@@ -80,10 +82,17 @@ class Replaying(Part):
                     "but this trainer's members have been trained: make the trainer anew (or give it `model_init`)."
                 )
             replays.reworded(lambda: self._adopt(manifest, where))
-            effective, without = options.compare(manifest, self.args, self._overrides)
-            changed = [*effective, *without]
+            effective, changed = options.compare(manifest, self.args, self._overrides)
+            if start is None:
+                effective, changed = [*effective, *changed], []  # no checkpoint brings what they were
+            if effective:
+                raise ValueError(f"Cannot replay: `{where}` was written with other options: {'; '.join(effective)}.")
+            self._refuse_other_data(where, manifest)
             if changed and self.population.rank == 0:
-                logger.warning(f"Replaying with other options than `{where}` was written with: {'; '.join(changed)}.")
+                logger.warning(
+                    f"Replaying with other options than `{where}` was written with, without effect, since the checkpoint "
+                    f"before it brings what they were: {'; '.join(changed)}."
+                )
             difference = self._replay_to(Path(where), manifest, start)
             found = self._replay
             assert found is not None
@@ -96,6 +105,17 @@ class Replaying(Part):
                 difference=difference,
                 changed=(*changed, *found["causes"]),
             )
+
+    def _refuse_other_data(self, where: str, manifest: dict[str, Any]) -> None:
+        """*Collective.*"""
+
+        def look() -> None:
+            before, now = manifest.get("training_data"), appearance(self.train_dataset)
+            told = difference_of_appearance(before, now) if before and now else None
+            if told is not None:
+                raise ValueError(f"`{where}` was trained on other data: {told}")
+
+        replays.reworded(lambda: checkpoints.checked(self.population, look))
 
     def _start_of_replay(self, folder: Path, manifest: dict[str, Any]) -> str | None:
         """*Collective.* The checkpoint to begin from, the same everywhere; `None` for the run's beginning."""

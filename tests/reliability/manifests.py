@@ -65,6 +65,8 @@ SENTENCES: dict[str, tuple[Callable[[dict], Any], list[str]]] = {
     "fewer steps in all than were taken": (_set("total_steps", 1), ["step"]),
     "a probability above 1": (_set("probability", 1.5), ["probability"]),
     "another seed": (_set("seed", 99), ["seed"]),
+    "training data of -1 examples": (_set("training_data", {"count": -1, "digests": {}}), ["training_data"]),
+    "training data that is a text": (_set("training_data", "images"), ["training_data"]),
     "no members": (_set("members", []), ["members"]),
     "a member twice": (_set("members", [0, 0]), ["members"]),
     "a member that is not there": (_set("members", [0, 7]), ["members"]),

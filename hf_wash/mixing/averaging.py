@@ -59,14 +59,15 @@ def check_steps(value: Any, what: str, least: int = 1) -> int:
 
 class AveragingMixer:
     """
-    A mixer whose exchange is a mean over all members of some of their values.
+    A mixer whose exchange is a mean over all members of some of their values: θ̄ = (1/N) Σ_n θ_n, coordinate by coordinate.
 
     All values of an exchange travel in one bucket of one dtype (float32, or float64 where a tensor is), all-reduced in
     a few large sections, one on its way while the next is filled; the mean is accumulated there, so that the mean of
     half-precision members is rounded only once, at the end. (So is what PAPA pulls: where a small pull is below half a
     unit in the last place of a half-precision weight, the weight stays where it is.) Nothing is written into a member
     before all has come. A step without an exchange sends nothing. The result does not depend on how members are dealt
-    to processes, up to rounding.
+    to processes, up to rounding. What a process sends is what a ring sends: 2·(W − 1)/W buckets of W processes, the bytes of
+    `MixStats.bytes_sent`.
 
     A method says when ([`AveragingMixer.is_due`]), and what becomes of the sum over all members (`_apply`).
 
@@ -83,7 +84,9 @@ class AveragingMixer:
             this one.
 
     Raises:
-        ValueError: on every process, for members or options that differ, or that cannot be averaged.
+        ValueError: on every process, for members or options that differ, or that cannot be averaged: no members, no
+            trainable floating-point parameter, names, shapes or dtypes that are not the same, parameters that share
+            memory, several devices in one process.
     """
 
     def __init__(
@@ -143,6 +146,9 @@ class AveragingMixer:
 
         Args:
             step (`int`): The number of optimizer steps taken, from 1.
+
+        Returns:
+            `bool`: The same on every process.
         """
         raise NotImplementedError
 
@@ -340,10 +346,10 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 class PeriodicAverageMixer(AveragingMixer):
     """
-    All members become their mean, every so many steps.
+    All members become their mean, every so many steps: θ_n ← (1/N) Σ_m θ_m.
 
     With the members' parameters alone, from the first interval on, it is local SGD (McMahan et al. 2017,
-    https://huggingface.co/papers/1602.05629), and DART's way of averaging (Jain et al. 2023,
+    https://huggingface.co/papers/1602.05629, algorithm 1 with all clients and equal weights), and DART's way of averaging (Jain et al. 2023,
     https://huggingface.co/papers/2302.14685), whose members differ by their augmentations. With `buffers=True`,
     `interval` 5 epochs and `first` 1 epoch it is the averaging of PAPA-all (Jolicoeur-Martineau et al. 2023,
     https://huggingface.co/papers/2304.03094), which rescales the activations of the averaged model afterwards
@@ -440,6 +446,20 @@ class PapaMixer(AveragingMixer):
     Raises:
         ValueError: as [`AveragingMixer`], and for a rate outside [0, 1], steps that are no positive whole numbers,
             optimizers that do not hold a member, or a base learning rate that is not above 0.
+
+    Example:
+
+    ```python
+    import torch
+    from hf_wash.mixing import PapaMixer
+
+    members = [torch.nn.Linear(10, 2) for _ in range(3)]
+    optimizers = [torch.optim.SGD(member.parameters(), lr=0.1) for member in members]
+    mixer = PapaMixer(members, optimizers, rate=0.01, interval=10)
+    for step in range(1, 101):
+        ...  # a step of each member's optimizer and scheduler
+        mixer.mix(step)
+    ```
     """
 
     _averages = False

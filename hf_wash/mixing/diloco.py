@@ -15,8 +15,9 @@ class DilocoMixer(AveragingMixer):
     Every so many steps the members' mean is taken as an outer step from where they last met: DiLoCo (Douillard et al.
     2023, https://huggingface.co/papers/2311.08105, algorithm 1; the defaults are OpenDiLoCo's).
 
-    With g = θ_start − mean(θ_local), SGD with Nesterov momentum moves θ_start by g, and all members go on from there.
-    Inner optimizer states stay. Members are one model after each exchange, so that there is no ensemble.
+    With g = θ_start − mean(θ_local), SGD with Nesterov momentum moves θ_start, v ← momentum·v + g and
+    θ_start ← θ_start − learning_rate·(g + momentum·v), and all members go on from there. θ_start and v are float32 (float64
+    where a parameter is) of shape `(numel,)`, one copy of each in every process. Inner optimizer states stay. Members are one model after each exchange, so that there is no ensemble.
 
     Args:
         members (`torch.nn.Module` or `list[torch.nn.Module]`):
@@ -30,6 +31,22 @@ class DilocoMixer(AveragingMixer):
 
     Raises:
         ValueError: as [`AveragingMixer`], and for a learning rate that is not above 0 or a momentum outside [0, 1).
+
+    Example:
+
+    ```python
+    import torch
+    from hf_wash.mixing import DilocoMixer
+
+    start = torch.nn.Linear(10, 2).state_dict()
+    members = [torch.nn.Linear(10, 2) for _ in range(3)]
+    for member in members:
+        member.load_state_dict(start)
+    mixer = DilocoMixer(members, interval=50)
+    for step in range(1, 101):
+        ...  # a step of each member's optimizer
+        mixer.mix(step)
+    ```
     """
 
     def __init__(
@@ -76,7 +93,13 @@ class DilocoMixer(AveragingMixer):
             torch._foreach_copy_(own, [part.view_as(tensor) for part, tensor in zip(parts, own, strict=True)])
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the members last met, and the outer optimizer's state."""
+        """
+        What a run has to keep beside its members.
+
+        Returns:
+            `dict`: `start`, where the members last met, of shape `(numel,)`, their parameters one after the other; and
+            `outer`, the state of the outer optimizer.
+        """
         return {"start": self._start.detach().clone(), "outer": self._outer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

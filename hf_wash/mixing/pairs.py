@@ -16,7 +16,7 @@ from .outcome import MixStats
 
 class PairAverageMixer(PeriodicAverageMixer):
     """
-    Each member becomes the mean of two random members, every so many steps: PAPA-2 (Jolicoeur-Martineau et al. 2023,
+    Each member becomes the mean of two random members, θ_n ← (θ_a + θ_b)/2, every so many steps: PAPA-2 (Jolicoeur-Martineau et al. 2023,
     https://huggingface.co/papers/2304.03094, section 3).
 
     For each child a pair of different members is drawn, uniformly among all pairs, from (seed, step), the same on every
@@ -59,7 +59,15 @@ class PairAverageMixer(PeriodicAverageMixer):
         return {**super()._options(), "seed": self.seed}
 
     def pairs(self, step: int) -> list[tuple[int, int]]:
-        """The parents of each member, a pair of different ones for each of the N."""
+        """
+        The parents of each member.
+
+        Args:
+            step (`int`): The step of the exchange, from 1.
+
+        Returns:
+            `list[tuple[int, int]]`: For each of the N members a pair of different ones, the smaller index first.
+        """
         every = list(itertools.combinations(range(self._num_members), 2))
         words = (hashlib.sha256(f"{self.seed} {step} {child}".encode()).digest() for child in range(self._num_members))
         return [every[int.from_bytes(word, "big") % len(every)] for word in words]

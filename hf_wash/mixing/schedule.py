@@ -150,7 +150,8 @@ def expected_values_moved(
     schedule: str | Mapping[str, float] = "decreasing",
 ) -> float:
     """
-    How many weights of one member a shuffle replaces by another member's, on average: (N − 1)/N · Σ_l p_l·d_l.
+    How many weights of one member a shuffle replaces by another member's, on average: (N − 1)/N · Σ_l p_l·d_l, with d_l
+    the number of weights of layer l. (A uniform permutation leaves a member its own value with probability 1/N.)
 
     This is also what a member has to send when each lives in a process of its own, and so the floor of the
     communication. The optimizer's state comes on top where it is shuffled: once more for SGD's momentum, twice for
@@ -167,7 +168,7 @@ def expected_values_moved(
             As in [`layer_probabilities`].
 
     Returns:
-        `float`: Values per member and shuffle.
+        `float`: Values per member and shuffle; times the bytes of a value they are bytes, times N those of all members.
 
     Raises:
         ValueError: as [`layer_probabilities`].

@@ -26,7 +26,8 @@ def channel_statistics(
     max_batches: int | None = 5,
 ) -> ChannelStatistics:
     """
-    The mean and standard deviation of each channel of each convolution's output, in evaluation mode.
+    The mean and standard deviation of each channel of each convolution's output, in evaluation mode: over the examples and
+    places of a batch (the variance with all of them as divisor), and then the mean of means and of variances over batches.
 
     Args:
         model (`torch.nn.Module`):
@@ -37,10 +38,13 @@ def channel_statistics(
             The number of batches to stop at.
 
     Returns:
-        `dict[str, tuple[torch.Tensor, torch.Tensor]]`: By the module's name, two tensors of shape `(channels,)`.
+        `dict[str, tuple[torch.Tensor, torch.Tensor]]`: By the module's name, two tensors of shape `(channels,)`, in units
+        of the activations.
 
     Raises:
         ValueError: if there is no batch to draw.
+
+    Source: as [`repair`].
     """
     with _measured(model) as measured:
         used = _evaluate(model, islice(batches, max_batches), forward)
@@ -51,14 +55,20 @@ def channel_statistics(
 
 def mean_statistics(statistics: Sequence[ChannelStatistics]) -> ChannelStatistics:
     """
-    What REPAIR rescales to: the mean over members of their channels' means and standard deviations.
+    What REPAIR rescales to: the mean over N members of their channels' means and standard deviations, (1/N) Σ_n μ_n and
+    (1/N) Σ_n σ_n.
 
     Args:
         statistics (`Sequence[ChannelStatistics]`):
             Of each member, from [`channel_statistics`].
 
+    Returns:
+        `dict[str, tuple[torch.Tensor, torch.Tensor]]`: As there.
+
     Raises:
         ValueError: for members with different convolutions.
+
+    Source: as [`repair`], for more than two models as PAPA has it (https://huggingface.co/papers/2304.03094).
     """
     names = set(statistics[0])
     if any(set(other) != names for other in statistics[1:]):
@@ -86,7 +96,8 @@ def repair(
 
     The mean of members' weights has activations of a smaller variance than the members (their variance collapses). While
     the batches pass, each convolution's output is set to the target by the batch's own statistics, so that later layers
-    see what they will see; then the change is folded into its weight and bias. A convolution without a bias is scaled
+    see what they will see: x ← (x − mean)·σ/std + μ for a target of μ and σ, with the mean and standard deviation that the
+    channel has. Then the change is folded into its weight and bias. A convolution without a bias is scaled
     and not shifted: what normalises after it takes the mean away. Dead channels stay. With BatchNorm after each
     convolution, this is the same as recalibrating alone.
 

@@ -59,7 +59,8 @@ def check_steps(value: Any, what: str, least: int = 1) -> int:
 
 class AveragingMixer:
     """
-    A mixer whose exchange is a mean over all members of some of their values: θ̄ = (1/N) Σ_n θ_n, coordinate by coordinate.
+    A mixer whose exchange is a mean over all members of some of their values: θ̄ = (1/N) Σ_n θ_n, coordinate by
+    coordinate.
 
     All values of an exchange travel in one bucket of one dtype (float32, or float64 where a tensor is), all-reduced in
     a few large sections, one on its way while the next is filled; the mean is accumulated there, so that the mean of
@@ -349,11 +350,11 @@ class PeriodicAverageMixer(AveragingMixer):
     All members become their mean, every so many steps: θ_n ← (1/N) Σ_m θ_m.
 
     With the members' parameters alone, from the first interval on, it is local SGD (McMahan et al. 2017,
-    https://huggingface.co/papers/1602.05629, algorithm 1 with all clients and equal weights), and DART's way of averaging (Jain et al. 2023,
-    https://huggingface.co/papers/2302.14685), whose members differ by their augmentations. With `buffers=True`,
-    `interval` 5 epochs and `first` 1 epoch it is the averaging of PAPA-all (Jolicoeur-Martineau et al. 2023,
-    https://huggingface.co/papers/2304.03094), which rescales the activations of the averaged model afterwards
-    (REPAIR): that is the caller's, told by `MixStats.averaged`. Optimizer states stay.
+    https://huggingface.co/papers/1602.05629, algorithm 1 with all clients and equal weights), and DART's way of
+    averaging (Jain et al. 2023, https://huggingface.co/papers/2302.14685), whose members differ by their
+    augmentations. With `buffers=True`, `interval` 5 epochs and `first` 1 epoch it is the averaging of PAPA-all
+    (Jolicoeur-Martineau et al. 2023, https://huggingface.co/papers/2304.03094), which rescales the activations of the
+    averaged model afterwards (REPAIR): that is the caller's, told by `MixStats.averaged`. Optimizer states stay.
 
     Args:
         members (`torch.nn.Module` or `list[torch.nn.Module]`):

@@ -15,9 +15,10 @@ class DilocoMixer(AveragingMixer):
     Every so many steps the members' mean is taken as an outer step from where they last met: DiLoCo (Douillard et al.
     2023, https://huggingface.co/papers/2311.08105, algorithm 1; the defaults are OpenDiLoCo's).
 
-    With g = θ_start − mean(θ_local), SGD with Nesterov momentum moves θ_start, v ← momentum·v + g and
-    θ_start ← θ_start − learning_rate·(g + momentum·v), and all members go on from there. θ_start and v are float32 (float64
-    where a parameter is) of shape `(numel,)`, one copy of each in every process. Inner optimizer states stay. Members are one model after each exchange, so that there is no ensemble.
+    With g = θ_start − mean(θ_local), SGD with Nesterov momentum moves θ_start, v ← momentum·v + g and θ_start ←
+    θ_start − learning_rate·(g + momentum·v), and all members go on from there. θ_start and v are float32 (float64
+    where a parameter is) of shape `(numel,)`, one copy of each in every process. Inner optimizer states stay. Members
+    are one model after each exchange, so that there is no ensemble.
 
     Args:
         members (`torch.nn.Module` or `list[torch.nn.Module]`):

@@ -16,8 +16,8 @@ from .outcome import MixStats
 
 class PairAverageMixer(PeriodicAverageMixer):
     """
-    Each member becomes the mean of two random members, θ_n ← (θ_a + θ_b)/2, every so many steps: PAPA-2 (Jolicoeur-Martineau et al. 2023,
-    https://huggingface.co/papers/2304.03094, section 3).
+    Each member becomes the mean of two random members, θ_n ← (θ_a + θ_b)/2, every so many steps: PAPA-2
+    (Jolicoeur-Martineau et al. 2023, https://huggingface.co/papers/2304.03094, section 3).
 
     For each child a pair of different members is drawn, uniformly among all pairs, from (seed, step), the same on every
     process. (The published code draws among the first N pairs in lexicographic order only, so that of five children

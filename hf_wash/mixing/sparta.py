@@ -24,8 +24,8 @@ class SpartaMixer(AveragingMixer):
     After every step a few weights, drawn anew each time, become their mean: SPARTA (Exo Labs 2025,
     https://github.com/exo-explore/gym).
 
-    Every scalar i is selected with one probability at all depths, the same scalars for all members, and θ_n[i] ← (1/N) Σ_m
-    θ_m[i]; of d parameters that is probability·d values a member and exchange, on average. Every process derives
+    Every scalar i is selected with one probability at all depths, the same scalars for all members, and θ_n[i] ← (1/N)
+    Σ_m θ_m[i]; of d parameters that is probability·d values a member and exchange, on average. Every process derives
     them from (seed, step), so that only the values are sent; the published code draws and broadcasts masks of a byte
     for each parameter of the model. Parameters only; optimizer states stay.
 

@@ -32,10 +32,10 @@ class WashMixer:
     """
     Shuffles weights among the members of a population (WASH, https://huggingface.co/papers/2405.17517, section 3).
 
-    After every optimizer step, each scalar coordinate of layer l is selected with probability p_l, the same coordinates
-    for all members, and for each selected coordinate a uniform random permutation says which member's value goes to
-    which member: θ_n[i] ← θ_{π_i(n)}[i]. A value never changes its coordinate, so the average of the members stays what it
-    was. With `"decreasing"`, p_l = p·(1 − l/(L − 1)) for the layers l = 0 … L − 1.
+    After every optimizer step, each scalar coordinate of layer l is selected with probability p_l, the same
+    coordinates for all members, and for each selected coordinate a uniform random permutation says which member's
+    value goes to which member: θ_n[i] ← θ_{π_i(n)}[i]. A value never changes its coordinate, so the average of the
+    members stays what it was. With `"decreasing"`, p_l = p·(1 − l/(L − 1)) for the layers l = 0 … L − 1.
 
     Members may live in one process, in one process each, or several in each of several processes, and the result is
     the same, bit for bit. Every process derives the plan from (seed, step); what is sent is the values that change

@@ -35,9 +35,9 @@ def recalibrate_batch_norm(
     Re-estimates a model's BatchNorm statistics on training data, in place.
 
     The running mean and variance of averaged weights are not the average of the members' running means and variances,
-    and a soup that works can look broken until they are measured again. The statistics, of shape `(channels,)`, become the plain
-    average over K batches, μ = (1/K) Σ_k μ_k and σ² = (1/K) Σ_k σ²_k with each batch's own mean and unbiased variance (every
-    batch counts the same). Only BatchNorm layers that keep statistics are put in training mode, so
+    and a soup that works can look broken until they are measured again. The statistics, of shape `(channels,)`, become
+    the plain average over K batches, μ = (1/K) Σ_k μ_k and σ² = (1/K) Σ_k σ²_k with each batch's own mean and unbiased
+    variance (every batch counts the same). Only BatchNorm layers that keep statistics are put in training mode, so
     nothing is drawn from any random generator (dropout and stochastic depth stay off) and no weight changes. Modes and
     momenta are as before afterwards; so are the statistics of a layer that no batch passed through, and all of them if
     a batch fails.

@@ -53,8 +53,8 @@ def mean_prediction(logits: Iterable[torch.Tensor], kind: str = "single_label_cl
 
 class Ensemble(nn.Module):
     """
-    Several classifiers that answer as one: N forward passes, the mean of the predictions. With logits z_n of the members,
-    the answer is log((1/N) Σ_n softmax(z_n)), or (1/N) Σ_n z_n with `average="logits"`.
+    Several classifiers that answer as one: N forward passes, the mean of the predictions. With logits z_n of the
+    members, the answer is log((1/N) Σ_n softmax(z_n)), or (1/N) Σ_n z_n with `average="logits"`.
 
     Args:
         members (iterable of `torch.nn.Module`):

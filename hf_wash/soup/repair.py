@@ -26,8 +26,9 @@ def channel_statistics(
     max_batches: int | None = 5,
 ) -> ChannelStatistics:
     """
-    The mean and standard deviation of each channel of each convolution's output, in evaluation mode: over the examples and
-    places of a batch (the variance with all of them as divisor), and then the mean of means and of variances over batches.
+    The mean and standard deviation of each channel of each convolution's output, in evaluation mode: over the examples
+    and places of a batch (the variance with all of them as divisor), and then the mean of means and of variances over
+    batches.
 
     Args:
         model (`torch.nn.Module`):
@@ -55,8 +56,8 @@ def channel_statistics(
 
 def mean_statistics(statistics: Sequence[ChannelStatistics]) -> ChannelStatistics:
     """
-    What REPAIR rescales to: the mean over N members of their channels' means and standard deviations, (1/N) Σ_n μ_n and
-    (1/N) Σ_n σ_n.
+    What REPAIR rescales to: the mean over N members of their channels' means and standard deviations, (1/N) Σ_n μ_n
+    and (1/N) Σ_n σ_n.
 
     Args:
         statistics (`Sequence[ChannelStatistics]`):
@@ -94,11 +95,11 @@ def repair(
     Rescale the output of every convolution to a mean and standard deviation for each channel, in place, and re-estimate
     BatchNorm in the same passes.
 
-    The mean of members' weights has activations of a smaller variance than the members (their variance collapses). While
-    the batches pass, each convolution's output is set to the target by the batch's own statistics, so that later layers
-    see what they will see: x ← (x − mean)·σ/std + μ for a target of μ and σ, with the mean and standard deviation that the
-    channel has. Then the change is folded into its weight and bias. A convolution without a bias is scaled
-    and not shifted: what normalises after it takes the mean away. Dead channels stay. With BatchNorm after each
+    The mean of members' weights has activations of a smaller variance than the members (their variance collapses).
+    While the batches pass, each convolution's output is set to the target by the batch's own statistics, so that later
+    layers see what they will see: x ← (x − mean)·σ/std + μ for a target of μ and σ, with the mean and standard
+    deviation that the channel has. Then the change is folded into its weight and bias. A convolution without a bias is
+    scaled and not shifted: what normalises after it takes the mean away. Dead channels stay. With BatchNorm after each
     convolution, this is the same as recalibrating alone.
 
     Args:

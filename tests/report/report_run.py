@@ -29,6 +29,25 @@ def main(folder: str, model: str) -> None:
             "survey": json.loads((Path(folder) / "report/measurements.json").read_text()),
         }
         print("OUTCOME " + json.dumps(outcome))
+    print(f"AFTER A FAILURE OF THE LAST PROCESS {trainer.args.process_index}: {surveyed_where_one_fails(trainer)}")
+
+
+def surveyed_where_one_fails(trainer):
+    """What the report's measuring says on this process when the last process alone has a model that cannot answer."""
+    answers_of = type(trainer)._answers_of
+
+    def fail(*_):
+        raise OSError("an image that cannot be read")
+
+    try:
+        if trainer.args.process_index == trainer.args.world_size - 1:
+            type(trainer)._answers_of = fail
+        trainer._survey()
+    except RuntimeError as error:
+        return error
+    finally:
+        type(trainer)._answers_of = answers_of
+    return "nothing"
 
 
 if __name__ == "__main__":

@@ -213,5 +213,11 @@ def test_two_processes_measure_what_one_does(tmp_path, launch):
         )  # fmt: skip
         (line,) = [line for line in completed.stdout.splitlines() if line.startswith("OUTCOME ")]
         outcomes.append(json.loads(line.removeprefix("OUTCOME ")))
+        # What one process stumbles over is told to all of them, and none waits.
+        said = [line for line in completed.stdout.splitlines() if line.startswith("AFTER A FAILURE")]
+        assert sorted(said) == [
+            f"AFTER A FAILURE OF THE LAST PROCESS {rank}: process {processes - 1}: OSError: an image that cannot be read"
+            for rank in range(processes)
+        ]
     assert outcomes[0] == outcomes[1]
     assert len(outcomes[0]["log"]) == 4 + 2 + 2

@@ -23,6 +23,7 @@ from typing import Any
 
 import datasets
 import torch
+from command_line import CommandLine, Run, interruptible, refuse, try_out, verify
 from datasets import ClassLabel, Dataset
 from image_data import (
     DIGITS,
@@ -41,13 +42,9 @@ from train_vit import (
     Recipe,
     TrainVitConfig,
     default,
-    make_parser,
     pretrained_recipe,
-    refuse,
     results_table,
     small_vit_recipe,
-    try_out,
-    verify,
 )
 from transformers import (
     PreTrainedModel,
@@ -414,7 +411,7 @@ def averaging_error(folder: str | Path, num_members: int) -> float:
 
 def parse(arguments: list[str] | None = None) -> tuple[BackboneArguments, DataArguments, FinetuneConfig]:
     """The command line, as three groups of options."""
-    parser = make_parser([BackboneArguments, DataArguments, FinetuneConfig], __doc__)
+    parser = CommandLine([BackboneArguments, DataArguments, FinetuneConfig], __doc__)
     backbone, data, config = parser.parse_args_into_dataclasses(args=arguments)
     if (data.data_dir or data.dataset_name) and not backbone.model_name_or_path:
         raise ValueError("Your data needs --model_name_or_path: the script's own backbone has seen digits only.")
@@ -497,9 +494,11 @@ def how_to_use(folder: str, backbone: str | None = None) -> str:
     )
 
 
-def main() -> None:
+@interruptible
+def main(run: Run) -> None:
     try:
-        trainer, data, recipe, backbone_arguments = prepare()
+        run.trainer, data, recipe, backbone_arguments = prepare()
+        trainer = run.trainer
         config = trainer.args
         if config.dry_run:
             try_out(trainer)

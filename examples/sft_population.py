@@ -13,20 +13,19 @@ population is the two classes `WashSFTTrainer` and `WashSFTConfig`; docs/your_ow
 """
 
 import math
-import os
 import random
 import sys
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import datasets
 import torch
+from command_line import CommandLine, Run, interruptible, refuse, try_out, verify
 from datasets import Dataset, DatasetDict
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -128,6 +127,8 @@ class WashSFTConfig(PopulationArguments, SFTConfig):
 @dataclass
 class ScriptArguments:
     """Which model to train, and on what."""
+
+    _argument_group_name = "model and data (default: a small model, on sentences that the script writes)"
 
     model_name_or_path: str | None = field(
         default=None,
@@ -351,11 +352,7 @@ def go_on(folder: str, prompt: str) -> str:
 
 def prepare(arguments: list[str] | None = None) -> tuple[WashSFTTrainer, ScriptArguments]:
     """Everything before training: what is wrong with the input shows here."""
-    parser = HfArgumentParser(
-        [ScriptArguments, WashSFTConfig],
-        description=__doc__.split("\n\n")[0].strip(),
-        usage="%(prog)s [--flag value ...]",
-    )
+    parser = CommandLine([ScriptArguments, WashSFTConfig], __doc__)
     script, config = parser.parse_args_into_dataclasses(args=arguments)
     if config.process_index > 0:
         logging.set_verbosity_error()
@@ -385,28 +382,17 @@ def prepare(arguments: list[str] | None = None) -> tuple[WashSFTTrainer, ScriptA
     return trainer, script
 
 
-def refuse(error: Exception) -> NoReturn:
-    """End with one line on stderr and exit code 1."""
-    rank = os.environ.get("RANK", "0")
-    sys.exit(f"sft_population.py: error{'' if rank == '0' else f' (process {rank})'}: {error}")
-
-
-def main() -> None:
+@interruptible
+def main(run: Run) -> None:
     try:
-        trainer, script = prepare()
+        run.trainer, script = prepare()
+        trainer = run.trainer
         config = trainer.args
         if config.dry_run:
-            report = trainer.check()
-            if trainer.is_world_process_zero():
-                print(f"\n{report}\n\nNothing was trained: this was a dry run.")
-            trainer.accelerator.end_training()
+            try_out(trainer)
             return
         if config.verify_checkpoint:
-            replay = trainer.verify_checkpoint(config.verify_checkpoint)
-            if trainer.is_world_process_zero():
-                print(f"\n{replay}")
-            trainer.accelerator.end_training()
-            sys.exit(0 if replay.identical else 1)
+            verify(trainer)
     except ValueError as error:
         refuse(error)
 

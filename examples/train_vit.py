@@ -14,30 +14,25 @@ soup: one model, to be used like any other.
 `--help` lists the flags; every field of `WashConfig` and of `TrainingArguments` is one.
 """
 
-import argparse
-import copy
-import dataclasses
 import difflib
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import datasets
 import timm
 import torch
+from command_line import CommandLine, Run, interruptible, refuse, try_out, verify
 from glyph_data import SIDE, is_glyphs
 from image_data import DIGITS, DataArguments, EvaluationView, ImageData, TrainingView, load_data
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
-    HfArgumentParser,
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
-    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -96,8 +91,6 @@ def default(name: str, value: Any, help: str | None = None) -> Any:
 @dataclass
 class TrainVitConfig(WashConfig):
     """[`WashConfig`] with defaults under which a small model learns a small data set within minutes."""
-
-    _argument_group_name = "training, of each member (TrainingArguments)"
 
     output_dir: str = default("output_dir", "outputs/vit")
     num_train_epochs: float = default("num_train_epochs", 20)
@@ -286,52 +279,9 @@ def results_table(metrics: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """One line for each option: not its spelling with hyphens too, and no default where that is None."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.option_strings and action.dest != "help":
-            action = copy.copy(action)
-            action.option_strings = action.option_strings[:1]
-        return super()._format_action_invocation(action)
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def make_parser(groups: list[type], text: str) -> HfArgumentParser:
-    """
-    All options; those of the population apart from the hundred and more that every Trainer has.
-
-    Args:
-        groups (`list[type]`):
-            Dataclasses of options, the [`TrainVitConfig`] last.
-        text (`str`):
-            The script's own, of which the first paragraph is shown.
-    """
-    parser = HfArgumentParser(
-        groups,
-        description=text.split("\n\n")[0].strip(),
-        usage="%(prog)s [--flag value ...]",
-        formatter_class=HelpFormatter,
-    )
-    inherited = {option.name for option in dataclasses.fields(TrainingArguments)}
-    training = parser._action_groups[-1]
-    population = parser.add_argument_group("population (what WashConfig adds to TrainingArguments)")
-    own, of_training = [], []
-    for action in training._group_actions:
-        if action.dest in ("dry_run", "verify_checkpoint"):
-            parser._optionals._group_actions.append(action)
-        else:
-            (of_training if action.dest in inherited else own).append(action)
-    population._group_actions, training._group_actions = own, of_training
-    parser._action_groups[-2:] = [population, training]
-    return parser
-
-
 def parse(arguments: list[str] | None = None) -> tuple[DataArguments, ModelArguments, TrainVitConfig]:
     """The command line, as three groups of options."""
-    parser = make_parser([DataArguments, ModelArguments, TrainVitConfig], __doc__)
+    parser = CommandLine([DataArguments, ModelArguments, TrainVitConfig], __doc__)
     return parser.parse_args_into_dataclasses(args=arguments)
 
 
@@ -361,33 +311,11 @@ def prepare(arguments: list[str] | None = None) -> tuple[WashTrainer, ImageData,
     return trainer, data, recipe
 
 
-def refuse(error: Exception) -> NoReturn:
-    """End with one line on stderr and exit code 1."""
-    rank = os.environ.get("RANK", "0")
-    script = os.path.basename(sys.argv[0])
-    sys.exit(f"{script}: error{'' if rank == '0' else f' (process {rank})'}: {error}")
-
-
-def try_out(trainer: WashTrainer) -> None:
-    """What `--dry_run` does in the place of training."""
-    report = trainer.check()
-    if trainer.is_world_process_zero():
-        print(f"\n{report}\n\nNothing was trained: this was a dry run.")
-    trainer.accelerator.end_training()
-
-
-def verify(trainer: WashTrainer) -> NoReturn:
-    """What `--verify_checkpoint` does in the place of training: ends with 0 if the checkpoint is the run's, else with 1."""
-    replay = trainer.verify_checkpoint(trainer.args.verify_checkpoint)
-    if trainer.is_world_process_zero():
-        print(f"\n{replay}")
-    trainer.accelerator.end_training()
-    sys.exit(0 if replay.identical else 1)
-
-
-def main() -> None:
+@interruptible
+def main(run: Run) -> None:
     try:
-        trainer, data, recipe = prepare()
+        run.trainer, data, recipe = prepare()
+        trainer = run.trainer
         config = trainer.args
         if config.dry_run:
             try_out(trainer)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,36 @@ def _mixing(row: str) -> str:
 PARTS = {"comparison": comparison_part, "study": study_part, "tuning": tuning_part}
 
 
+def filled(text: str, records: list[dict[str, Any]]) -> str:
+    """
+    A text with figures in the places that are left for them.
+
+    Args:
+        text (`str`):
+            `{glyphs-short wash@0.1 soup}` becomes the mean ± standard deviation, over seeds, of that comparison's row and
+            column (as in `Row.values`).
+        records (`list[dict]`): As `load_records` gives them.
+
+    Raises:
+        KeyError: where no record has such a figure.
+    """
+    rows = {
+        (name_of(kept), row.label): row
+        for kept in records
+        if kept["kind"] == "comparison"
+        for row in rows_of(kept["cells"], kept["setting"]["population_size"])
+    }
+
+    def figure(place: re.Match[str]) -> str:
+        name, label, what = place[1].rsplit(" ", 2)
+        values = rows[name, label].values(what)
+        if not values:
+            raise KeyError(f"`{label}` of {name} has no {what}.")
+        return spread(values)
+
+    return re.sub(r"\{([^{}]+)\}", figure, text)
+
+
 def page(folder: Path) -> str:
     """
     The whole page.
@@ -232,11 +263,12 @@ def page(folder: Path) -> str:
     Args:
         folder (`Path`):
             With the records (`*.json`), and what is written by hand: `hurry.md`, one sentence for a reader in a hurry,
-            if it is there, and `finetuning.md`.
+            if it is there, whose figures are taken from the records ([`filled`]), and `finetuning.md`.
     """
     hurry = folder / "hurry.md"
     records = load_records(folder)
-    parts = [INTRODUCTION.format(hurry=hurry.read_text().strip() + "\n\n" if hurry.exists() else "").strip()]
+    said = filled(hurry.read_text(), records).strip() + "\n\n" if hurry.exists() else ""
+    parts = [INTRODUCTION.format(hurry=said).strip()]
     parts += [PARTS[kind](kept) for kind in PARTS for kept in records if kept["kind"] == kind]
     parts += [(folder / "finetuning.md").read_text().strip(), METHOD.strip()]
     return "\n\n".join(parts) + "\n"

@@ -24,6 +24,7 @@ from .checkpoint import encode_streams
 from .dry_run import DryRun, Tried, stage
 from .member import Member, as_member
 from .part import Part
+from .run_folder import leaves_no_empty_folder
 from .served_soup import copy_unprepared
 
 
@@ -43,6 +44,7 @@ class Checking(Part):
         def _recalibrates(self, model: nn.Module) -> bool: ...
         def _recalibrate(self, model: nn.Module, batches: Any) -> None: ...
 
+    @leaves_no_empty_folder
     def check(self) -> DryRun:
         """
         *Collective: call on every process.* Try the run out, without beginning it: the data and the labels, a forward

@@ -26,7 +26,7 @@ from . import checkpoint as checkpoints
 from . import options
 from .log import MemberLog
 from .part import Part
-from .run_folder import FolderInUse, RunFolder, new_run
+from .run_folder import FolderInUse, RunFolder, new_run, training_figures
 from .served_soup import NonFiniteMemberError
 
 
@@ -422,10 +422,13 @@ class Checkpointing(Part):
         if resume is None:
             return
         self._count_on(resume)
+        figures = training_figures(self.args.output_dir, self._run) if self.is_world_process_zero() else {}
+        self._figures_of_before = self.population.broadcast(figures)
         if self.is_world_process_zero():
             logger.warning(
                 f"The run of `{resume['folder']}` is finished ({self.state.global_step} of {self.state.max_steps} steps): "
-                "nothing is trained."
+                "nothing is left to train"
+                + (", and the figures of its training stay as they were." if self._figures_of_before else ".")
             )
 
     def _load_best_model(self) -> None:

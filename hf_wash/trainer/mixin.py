@@ -44,6 +44,7 @@ from .publishing import Publishing
 from .replaying import Replaying
 from .reporting import Reporting
 from .requests import Requests
+from .run_folder import MadeFolders, leaves_no_empty_folder
 from .served_soup import NonFiniteMemberError, ServedSoup, not_finite, what_becomes_of
 from .serving import Serving
 
@@ -124,7 +125,8 @@ class PopulationMixin(
         refusals.refuse_trainer(type(self))
         refusals.refuse_args(config)
         self.args = config
-        with self._told_to_all():
+        self._made_folders = MadeFolders(config.output_dir)
+        with self._made_folders.none_stays_empty(), self._told_to_all():
             self._build_population(given, members, lambda: super(PopulationMixin, self).__init__(*args, **kwargs))
 
     def _build_population(
@@ -247,6 +249,7 @@ class PopulationMixin(
 
     # ---- Begin a run -----------------------------------------------------------------------------------------------
 
+    @leaves_no_empty_folder
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None, **kwargs):
         """
         Train the population. Afterwards `trainer.model` is the soup.
@@ -495,6 +498,8 @@ class PopulationMixin(
             logs.update(members)
             # Trainer has added its own mean, whose rounding depends on the number of processes.
             self._total_loss_scalar = total
+        if "train_loss" in logs:
+            logs.update(self._figures_of_before)
         if "train_loss" in logs and self.soup.served:
             logs.update({f"member_{index}_left_out": 1 for index in self.soup.left_out})
         if self._evaluating and any(key.endswith("_runtime") for key in logs):
@@ -514,6 +519,9 @@ class PopulationMixin(
             self._serve_soup()  # else the best checkpoint's, whatever has become of the members since
         # Of all members, as the time is.
         result = super()._finalize_training(trial, num_train_samples * self.population.size, *args, **kwargs)
+        if self._figures_of_before:
+            result = result._replace(training_loss=self._figures_of_before.get("train_loss", result.training_loss))
+            self._figures_of_before = {}
         if self.args.push_members:
             self.save_members()
         self._report_at_the_end()

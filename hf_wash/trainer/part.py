@@ -17,6 +17,7 @@ from .data import MemberBatches
 from .log import MemberLog
 from .member import Member
 from .mixing_run import Mixer, MixingRun
+from .run_folder import MadeFolders
 from .served_soup import ServedSoup
 
 
@@ -38,6 +39,9 @@ class Part(Trainer):
     _replay: dict[str, Any] | None = None
     # The identity of the run: made when it begins, kept when it goes on.
     _run: str | None = None
+    # What the training of a run that was finished already came to, as it was written down then.
+    _figures_of_before: dict[str, float] = {}  # noqa: RUF012 # replaced, never changed
+    _made_folders: MadeFolders
     _trainings: int
     _total_steps: int
     _steps_per_epoch: int

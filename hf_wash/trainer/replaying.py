@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
+from ..population.examples import appearance, difference_of_appearance
 from . import checkpoint as checkpoints
 from . import dry_run, options
 from . import replay as replays
-from ..population.examples import appearance, difference_of_appearance
 from .part import Part
 from .replay import Difference, Replay, ReplayOver, Until
+from .run_folder import leaves_no_empty_folder
 from .served_soup import ServedSoup
 
 
@@ -39,6 +40,7 @@ class Replaying(Part):
         def _shared_frozen(self, whole: Any) -> dict[str, Any]: ...
         def _member_part(self, slot: int, index: int) -> tuple: ...
 
+    @leaves_no_empty_folder
     def verify_checkpoint(self, folder: str | Path) -> Replay:
         """
         *Collective: call on every process.* Replay the run from the complete checkpoint before this one in the same

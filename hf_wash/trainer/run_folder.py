@@ -1,17 +1,22 @@
 """
-One run at a time in a folder: a run's identity, and [`RunFolder`], the lock that a run holds while it trains.
+One run at a time in a folder: a run's identity, and [`RunFolder`], the lock that a run holds while it trains. What a
+run that is refused leaves of its folder: [`MadeFolders`].
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import socket
 import uuid
 import weakref
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from ..hub.record import RUN_RECORD, read_json
 
 
 try:
@@ -31,6 +36,66 @@ _held: "weakref.WeakSet[RunFolder]" = weakref.WeakSet()
 def new_run() -> str:
     """The identity of a new run."""
     return uuid.uuid4().hex
+
+
+# What the Trainer (5.24) measures of a training.
+_FIGURES = (
+    *("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "train_loss"),
+    "num_input_tokens_seen",
+)
+
+
+def training_figures(folder: str | Path, run: str | None) -> dict[str, float]:
+    """
+    What the training of a run came to, from the results that were saved at its end; empty where there are none.
+
+    Args:
+        folder (`str` or `Path`): The run's output folder.
+        run (`str`, *optional*): The run. Results beside a `wash_run.json` of another one are not its.
+    """
+    try:
+        if read_json(Path(folder) / RUN_RECORD).get("run", run) != run:
+            return {}
+        results = [read_json(Path(folder) / name) for name in ("train_results.json", "all_results.json")]
+    except (OSError, ValueError):
+        return {}  # damaged: they will be written anew
+    found = next((result for result in results if "train_loss" in result), {})
+    return {key: found[key] for key in _FIGURES if type(found.get(key)) in (int, float)}
+
+
+class MadeFolders:
+    """
+    The folders that a run is about to make, so that those that are empty can go when it is refused.
+
+    Args:
+        folder (`str` or `Path`): The run's output folder. What is there already, it or the folders it lies in, stays.
+    """
+
+    def __init__(self, folder: str | Path):
+        path = Path(os.path.abspath(folder))
+        self._made = [place for place in (path, *path.parents) if not place.exists()]
+
+    @contextlib.contextmanager
+    def none_stays_empty(self) -> Iterator[None]:
+        """A block whose failure removes those that are empty."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first that holds something, or is not there
+                for place in self._made:
+                    place.rmdir()
+            raise
+
+
+def leaves_no_empty_folder(method: Callable) -> Callable:
+    """A method whose failure removes the folders that its object made (`_made_folders`) and that are empty."""
+
+    @functools.wraps(method)
+    def tidy(self, *args, **kwargs):
+        with self._made_folders.none_stays_empty():
+            return method(self, *args, **kwargs)
+
+    return tidy
 
 
 class FolderInUse(ValueError):

@@ -258,12 +258,12 @@ def test_a_schedule_that_watches_the_loss_has_no_phase_for_the_head(run_here, ba
 
 def test_help_lists_every_option_with_its_group(finetune):
     groups = [finetune.BackboneArguments, finetune.DataArguments, finetune.FinetuneConfig]
-    shown = finetune.make_parser(groups, finetune.__doc__).format_help()
+    shown = finetune.CommandLine(groups, finetune.__doc__).format_help()
     for expected in ("--layer_decay", "--head_only", "--lora_rank", "--shuffle_schedule", "--learning_rate"):
         assert expected in shown
     titles = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert [title.split()[0].strip(":,") for title in titles] == [
-        *("options", "backbone", "data", "population", "training")
+        *("options", "backbone", "data", "population", "training", "saving", "all")
     ]
 
 

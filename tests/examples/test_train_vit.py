@@ -335,9 +335,15 @@ def test_help_lists_every_option_with_its_group(train_vit_script):
         assert expected in shown
     assert shown.startswith("usage: train_vit.py [--flag value ...]")
     titles = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert [title.split()[0].strip(":,") for title in titles] == ["options", "data", "model", "population", "training"]
-    population = shown.split("\npopulation (")[1].split("\ntraining, ")[0]
+    assert [title.split()[0].strip(":,") for title in titles] == [
+        *("options", "data", "model", "population", "training", "saving", "all")
+    ]
+    population, rest = shown.split("\npopulation ")[1].split("\ntraining, ")
+    training, saving = rest.split("\nall else ")[0].split("\nsaving, ")
     assert "--population_size" in population and "--learning_rate" not in population
+    assert training.index("--num_train_epochs") < training.index("--learning_rate") and "--adam_beta1" not in training
+    assert "--output_dir" in saving and "--report " in saving and "--hub_model_id" in saving
+    assert "--no_same_init        Turns --same_init off: each member starts" in population
 
 
 @pytest.mark.parametrize(
@@ -349,7 +355,6 @@ def test_help_lists_every_option_with_its_group(train_vit_script):
         (["--shuffle_probability", "1.5"], "shuffle_probability"),
         (["--remove_unused_columns", "--use_cpu"], "leave it off"),
         (["--max_train_samples", "0"], "must be at least 1, found 0"),
-        (["--no_such_flag"], "--no_such_flag"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_a_failed_exit(train_vit, monkeypatch, flags, message):
@@ -358,6 +363,27 @@ def test_a_users_mistake_is_one_line_and_a_failed_exit(train_vit, monkeypatch, f
         train_vit.main()
     line = ended.value.code
     assert line.startswith("train_vit.py: error: ") and message in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--populatoin_size", "3"], "there is no flag --populatoin_size; the closest is --population_size."),
+        # Named before what else is wrong because of it.
+        (["--augmentatoin=x", "--data_dir", "a", "--dataset_name", "b"], "the closest is --augmentation."),
+        (["--xyz"], "there is no flag --xyz; `--help` lists the flags."),
+        (["photos/"], "'photos/' belongs to no flag; `--help` lists the flags."),
+    ],
+)
+def test_a_flag_that_there_is_not_is_named_in_one_line_with_the_closest(
+    train_vit, monkeypatch, capsys, flags, message
+):
+    monkeypatch.setattr(sys, "argv", ["train_vit.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        train_vit.main()
+    told = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert len(told) == 1 and told[0].endswith(message) and ": error: " in told[0]
 
 
 def test_the_table_has_a_row_for_each_model(train_vit):

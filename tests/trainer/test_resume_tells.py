@@ -175,7 +175,7 @@ def test_a_finished_run_trains_nothing_more(run_folder, tmp_path, say, asked):
     assert result.global_step == trainer.state.global_step == 12
     assert digest(trainer.model) == (run_folder / "soup.txt").read_text()
     assert trainer.values_moved > 0
-    assert any("is finished (12 of 12 steps): nothing is trained." in text for text in say())
+    assert any("is finished (12 of 12 steps): nothing is left to train." in text for text in say())
     assert sorted(path.name for path in (tmp_path / "copy").glob("checkpoint-*")) == [
         "checkpoint-12", "checkpoint-4", "checkpoint-8",
     ]  # fmt: skip
@@ -187,11 +187,22 @@ def test_a_run_of_whole_epochs_is_finished_at_their_end(tmp_path, say):
         "trainer": {"train_dataset": Digits(0, 64, noisy=True)},
     }  # fmt: skip
     first = population(tmp_path, **settings)
-    first.train()
+    came_to = first.train()
+    first.save_metrics("train", came_to.metrics)
+    first.save_state()
     again = population(tmp_path, **settings)
-    assert again.train(resume_from_checkpoint="auto").global_step == first.state.global_step == 8
+    result = again.train(resume_from_checkpoint="auto")
+    assert result.global_step == first.state.global_step == 8
+    # What was measured then stays, wherever it is looked for: there is nothing to measure now.
+    figures = {name: value for name, value in came_to.metrics.items() if name != "epoch"}
+    assert figures["train_loss"] > 0 and figures.items() <= result.metrics.items()
+    assert result.training_loss == came_to.training_loss
+    assert figures.items() <= again.state.log_history[-1].items()
     assert digest(again.model) == digest(first.model) and again.values_moved == first.values_moved
-    assert any("is finished (8 of 8 steps)" in text for text in say())
+    assert any("(8 of 8 steps): nothing is left to train, and the figures" in text for text in say())
+    # Those of another run are not its.
+    (tmp_path / "wash_run.json").write_text(json.dumps({"run": "another"}))
+    assert population(tmp_path, **settings).train(resume_from_checkpoint="auto").training_loss == 0
     # There is more to do with more epochs.
     more = population(tmp_path, **{**settings, "num_train_epochs": 3})
     assert more.train(resume_from_checkpoint="auto").global_step == 12
@@ -222,3 +233,18 @@ def test_a_finished_run_serves_its_best_population(tmp_path):
     again.train(resume_from_checkpoint="auto")
     assert digest(again.model) == digest(first.model)
     assert again.state.best_model_checkpoint == first.state.best_model_checkpoint
+
+
+# ---- A run that is refused ------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_refused_leaves_no_empty_folder(tmp_path):
+    (tmp_path / "there").mkdir()
+    for place in (tmp_path / "there", tmp_path / "new" / "run"):
+        with pytest.raises(ValueError, match="No complete checkpoint"):
+            population(place, **SETTINGS).train(resume_from_checkpoint=True)
+        with pytest.raises(ValueError, match="needs a `train_dataset`"):
+            population(place, **SETTINGS, trainer={"train_dataset": None}).check()
+        with pytest.raises(ValueError, match="needs a `train_dataset`"):
+            population(place, **SETTINGS, trainer={"train_dataset": None}).train()
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]

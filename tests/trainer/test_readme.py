@@ -20,7 +20,7 @@ def snippets(text):
 def trained(snippet, tmp_path, monkeypatch):
     """What a snippet on the Trainer leaves, run in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    names = {"model": started(), "train_dataset": Digits(0, 40), "eval_dataset": TEST}
+    names = {"model": started(), "train_dataset": Digits(0, 16), "eval_dataset": TEST}
     exec(compile(snippet, "a snippet", "exec"), names)
     return names
 

@@ -98,11 +98,16 @@ def main():
 
     members = gather_object([accuracy(model, test_images, test_labels)])
     # This model has no buffers. With BatchNorm, re-estimate the soup's statistics (hf_wash.recalibrate_batch_norm).
+    distance = torch.zeros((), device=accelerator.device)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(reduce(parameter, reduction="mean"))
+            mean = reduce(parameter, reduction="mean")
+            distance += (parameter - mean).square().sum()
+            parameter.copy_(mean)
+    distance = reduce(distance, reduction="mean").sqrt().item()  # the consensus distance
     soup = accuracy(model, test_images, test_labels)
     accelerator.print(f"members: {', '.join(f'{value:.1f} %' for value in members)}; soup: {soup:.1f} %")
+    accelerator.print(f"members' distance from their mean: {distance:.3f}")
     copies = moved / sum(parameter.numel() for parameter in model.parameters())
     accelerator.print(f"received by member 0: {moved:,} values ({copies:.2f} models); sent: {sent:,} bytes")
     accelerator.end_training()

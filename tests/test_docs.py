@@ -1,6 +1,8 @@
-"""The documentation's links lead somewhere, and so do the pages that code cites."""
+"""The documentation's links lead somewhere, and so do the pages that code cites; what pages quote of the code is in it."""
 
+import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,55 @@ def test_every_page_is_linked_from_the_list_of_pages():
     listed = {match.group(1) for match in LINK.finditer((ROOT / "docs/README.md").read_text())}
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert pages <= listed
+
+
+# ---- What pages quote ----------------------------------------------------------------------------------------------
+
+CODE = re.compile(r"(`+) ?(?!`)(.+?)(?<!`) ?\1(?!`)")
+
+
+def texts_of(source: Path) -> list[str]:
+    """The texts in a file, with … for what is filled in."""
+
+    def text_of(node: ast.AST) -> str:
+        if isinstance(node, ast.Constant):
+            return node.value if isinstance(node.value, str) else ""
+        return "".join(text_of(part) if isinstance(part, ast.Constant) else "…" for part in node.values)
+
+    nodes = ast.walk(ast.parse(source.read_text()))
+    return [text_of(node) for node in nodes if isinstance(node, ast.Constant | ast.JoinedStr)]
+
+
+def unknown_quotes(page: str, texts: list[str]) -> list[str]:
+    """The sentences among a page's code, those with …, of which a part is in none of the texts."""
+    unknown = []
+    for match in CODE.finditer(without_blocks(page)):
+        if "…" not in match[2] or " " not in match[2]:
+            continue
+        parts = [part.strip(" .:,()'`") for part in match[2].split("…")]
+        if any(len(part) > 3 and not any(part in text for text in texts) for part in parts):
+            unknown.append(match[2])
+    return unknown
+
+
+@pytest.mark.parametrize("page", ["troubleshooting.md", "when_the_soup_is_worse.md", "gpus.md"])
+def test_errors_are_quoted_as_they_are(page):
+    texts = [text for source in SOURCES for text in texts_of(source)]
+    assert unknown_quotes((ROOT / "docs" / page).read_text(), texts) == []
+    assert unknown_quotes("`Process … was mislaid at …`", texts) == ["Process … was mislaid at …"]
+
+
+def test_the_quick_start_lists_what_extras_bring():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    rows = re.findall(r"^\| `([\w-]+)` \| (`.+?`) \|", (ROOT / "docs/quick_start.md").read_text(), re.MULTILINE)
+    listed = {name: re.findall(r"`(.+?)`", packages) for name, packages in rows}
+    assert listed == {name: packages for name, packages in extras.items() if name not in ("docs", "dev")}
+
+
+def test_the_configuration_for_gpus_is_the_one_of_the_examples():
+    (shown,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/gpus.md").read_text(), re.DOTALL)
+    file = (ROOT / "examples/accelerate_configs/one_member_per_gpu.yaml").read_text()
+    assert shown == re.sub(r"^#.*\n", "", file, flags=re.MULTILINE)
 
 
 def test_a_broken_link_is_noticed(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ differs. Accuracies are those of test images on which nothing was chosen, mean �
   that was shared with other runs: an order of magnitude.
 - *one model*: a plain run; *N × the steps* costs as much compute as the population. *its EMA*: the best by held-out images
   of three exponential moving averages of its weights, over 1, 5 and 20 % of the run.
-- *published*: the settings of the methods' authors ([the peers](peers.md)); *default*: what this library advises; *tuned*: six
+- *published*: the settings of the methods' authors ([the peers](peers.md)), made for runs that are tens to hundreds of times
+  as long: such a row says how far they carry, not which method is better. *default*: what this library advises; *tuned*: six
   trials for each method, of the same length, judged by a fifth of the training images held out, with one seed.
 - **Told apart** are two averaged models if the difference of their accuracies is at least two standard errors, over
   seeds and over test images, both paired. Below that the setting is too small to say which is better.
@@ -94,7 +96,7 @@ def claims(rows: dict[str, Row]) -> list[str]:
     if ours is None:
         return []
     gaps = [ensemble - soup for ensemble, soup in zip(ours.values("ensemble"), ours.values("soup"), strict=True)]
-    worst = max(gaps)
+    worst = round(max(gaps), 6)  # whole images, in points
     said = [
         f"The averaged model of {ours.title} is {'within' if worst <= 1 else 'NOT within'} 1 point of its own ensemble for "
         f"every seed: the ensemble is ahead by {worst:+.2f} points at most (mean {statistics.fmean(gaps):+.2f})."
@@ -111,9 +113,10 @@ def claims(rows: dict[str, Row]) -> list[str]:
                 own, average = (statistics.fmean(rows[label].values(what)) for what in ("members", "soup"))
                 said.append(f"The average of {rows[label].title} reaches {average:.1f} %, its members {own:.1f} %.")
     said += [verdict(ours, rows[label]) for label in ("plain-N-times", "plain-N-times-ema") if label in rows]
-    for label, row in rows.items():
-        if label.endswith(("-tuned", "-published")) and row is not ours and not label.startswith("wash"):
-            said.append(verdict(ours, row))
+    for kind in ("tuned", "published"):  # like with like
+        if wash := rows.get(f"wash-{kind}"):
+            peers = [row for label, row in rows.items() if label.endswith(f"-{kind}") and row is not wash]
+            said += [verdict(wash, row) for row in peers]
     return said
 
 
@@ -225,6 +228,36 @@ def _mixing(row: str) -> str:
 PARTS = {"comparison": comparison_part, "study": study_part, "tuning": tuning_part}
 
 
+def filled(text: str, records: list[dict[str, Any]]) -> str:
+    """
+    A text with figures in the places that are left for them.
+
+    Args:
+        text (`str`):
+            `{glyphs-short wash@0.1 soup}` becomes the mean ± standard deviation, over seeds, of that comparison's row and
+            column (as in `Row.values`).
+        records (`list[dict]`): As `load_records` gives them.
+
+    Raises:
+        KeyError: where no record has such a figure.
+    """
+    rows = {
+        (name_of(kept), row.label): row
+        for kept in records
+        if kept["kind"] == "comparison"
+        for row in rows_of(kept["cells"], kept["setting"]["population_size"])
+    }
+
+    def figure(place: re.Match[str]) -> str:
+        name, label, what = place[1].rsplit(maxsplit=2)
+        values = rows[name, label].values(what)
+        if not values:
+            raise KeyError(f"`{label}` of {name} has no {what}.")
+        return spread(values)
+
+    return re.sub(r"\{([^{}]+)\}", figure, text)
+
+
 def page(folder: Path) -> str:
     """
     The whole page.
@@ -232,11 +265,12 @@ def page(folder: Path) -> str:
     Args:
         folder (`Path`):
             With the records (`*.json`), and what is written by hand: `hurry.md`, one sentence for a reader in a hurry,
-            if it is there, and `finetuning.md`.
+            if it is there, whose figures are taken from the records ([`filled`]), and `finetuning.md`.
     """
     hurry = folder / "hurry.md"
     records = load_records(folder)
-    parts = [INTRODUCTION.format(hurry=hurry.read_text().strip() + "\n\n" if hurry.exists() else "").strip()]
+    said = filled(hurry.read_text(), records).strip() + "\n\n" if hurry.exists() else ""
+    parts = [INTRODUCTION.format(hurry=said).strip()]
     parts += [PARTS[kind](kept) for kind in PARTS for kept in records if kept["kind"] == kind]
     parts += [(folder / "finetuning.md").read_text().strip(), METHOD.strip()]
     return "\n\n".join(parts) + "\n"

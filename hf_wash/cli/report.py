@@ -22,17 +22,23 @@ def report(
     train_data: Annotated[
         Path | None, typer.Option(help="A folder of images on which BatchNorm statistics are re-estimated.")
     ] = None,
+    plane: Annotated[
+        bool, typer.Option("--plane", help="Measure the loss on the plane through the first three members, too.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, where there are images.")] = 64,
 ) -> None:
     """Write the report of a run, report/index.html: how soup and members fared, how far apart they are, what was sent.
 
     What was measured at the end of training is shown as it was kept. With --eval-data the lines between members, their
-    disagreement and their calibration are measured anew, from the soup and the members that were saved.
+    disagreement and their calibration are measured anew, from the soup and the members that were saved, and with --plane
+    the plane through the first three members, on 9 × 9 points.
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
     if train_data is not None and eval_data is None:
         raise ValueError("--train-data is for measuring on --eval-data, which is missing.")
+    if plane and eval_data is None:
+        raise ValueError("--plane is measured on --eval-data, which is missing.")
     for option, images in (("--eval-data", eval_data), ("--train-data", train_data)):
         if images is not None and not images.is_dir():
             raise ValueError(f"{option} must be a folder of images, and there is no folder {images}.")
@@ -46,12 +52,14 @@ def report(
     surveyed = None
     if eval_data is not None:
         quiet()
-        surveyed = _measure(folder, eval_data, train_data, batch_size, steps or 0)
+        surveyed = _measure(folder, eval_data, train_data, batch_size, steps or 0, plane)
     page = write_report(folder, surveyed=surveyed)
     say(f"The report is {page}.")
 
 
-def _measure(folder: Path, eval_data: Path, train_data: Path | None, batch_size: int, step: int) -> dict[str, Any]:
+def _measure(
+    folder: Path, eval_data: Path, train_data: Path | None, batch_size: int, step: int, plane: bool
+) -> dict[str, Any]:
     import copy
     import functools
 
@@ -59,10 +67,12 @@ def _measure(folder: Path, eval_data: Path, train_data: Path | None, batch_size:
 
     from ..hub.loading import load_members, load_model
     from ..population import Population
-    from ..report.survey import EXAMPLES, Answers, choose_examples, survey
+    from ..report.survey import EXAMPLES, PLANE_OF, Answers, choose_examples, survey
     from ..soup import has_batch_norm, recalibrate_batch_norm
 
     soup, members = load_model(folder), load_members(folder)
+    if plane and len(members) < PLANE_OF:
+        raise ValueError(f"--plane goes through three members, and {folder} holds {len(members)}.")
     images = ImageFolder(eval_data, folder, batch_size)
     labels_of = torch.tensor(images.labels_for(soup))
     images.dataset = images.dataset.select(choose_examples(len(images), EXAMPLES))
@@ -114,6 +124,7 @@ def _measure(folder: Path, eval_data: Path, train_data: Path | None, batch_size:
                 "data": f"{eval_data.name or eval_data}, evenly spaced",
                 "batch_norm": batch_norm,
             },
+            plane=plane,
         )
     except RuntimeError as error:
         raise ValueError(f"{folder} could not be measured: {error}") from error

@@ -24,7 +24,8 @@ class ContagionError(RuntimeError):
             f"not carried out, so no other member has got any of them."
         )
         super().__init__(
-            f"{reason} Resume from a checkpoint before this step, with a lower learning rate or clipped gradients."
+            f"{reason} Go on from a checkpoint before this step with gradients clipped more tightly (in the Trainer "
+            f"`max_grad_norm`; there a lower `learning_rate` takes effect in a new run only)."
         )
 
 

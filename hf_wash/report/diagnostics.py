@@ -22,7 +22,7 @@ MEASUREMENTS_OF_A_RUN = 50
 class PopulationDiagnostics(TrainerCallback):
     """
     Logs, beside what every population logs, how far the members are apart layer by layer, how often they disagree, and on
-    request how high the barrier between them is. For any Trainer made with [`PopulationMixin`].
+    request how high the barrier between them is, and what lies between three of them. For any Trainer made with [`PopulationMixin`].
 
     What it logs goes where the Trainer's own lines go (`report_to`, `trainer_state.json`) but for the terminal, and into the
     report of the run:
@@ -44,6 +44,9 @@ class PopulationDiagnostics(TrainerCallback):
             Whether evaluations report how often members disagree.
         barrier (`bool`, *optional*, defaults to `False`):
             Whether the barrier is measured at each evaluation: some 40 passes over 256 examples.
+        plane (`bool`, *optional*, defaults to `False`):
+            Whether the report at the end of training shows the loss on the plane through the first three members: 81 more
+            passes over 256 examples, once.
         sample (`int`, *optional*, defaults to 256):
             Weights of each layer that are looked at; all of them where there are fewer.
 
@@ -65,15 +68,17 @@ class PopulationDiagnostics(TrainerCallback):
         *,
         disagreement: bool = True,
         barrier: bool = False,
+        plane: bool = False,
         sample: int = SAMPLED_OF_A_LAYER,
     ):
         for name, value in (("interval", interval), ("sample", sample)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, found {value!r}.")
-        for name, value in (("disagreement", disagreement), ("barrier", barrier)):
+        for name, value in (("disagreement", disagreement), ("barrier", barrier), ("plane", plane)):
             if not isinstance(value, bool):
                 raise ValueError(f"`{name}` must be True or False, found {value!r}.")
-        self.interval, self.disagreement, self.barrier, self.sample = interval, disagreement, barrier, sample
+        self.interval, self.sample = interval, sample
+        self.disagreement, self.barrier, self.plane = disagreement, barrier, plane
         self._population: Population | None = None
         self._log: Callable[[dict[str, float]], None] | None = None
         self._survey: Callable[[], Mapping[str, Any]] | None = None

@@ -318,6 +318,59 @@ def draw_lines(look: Look, lines: Sequence[Mapping[str, Any]]) -> "Figure | None
     return figure
 
 
+def draw_plane(look: Look, plane: Mapping[str, Any]) -> "Figure | None":
+    """
+    Loss on the plane through three members, as a map with heights.
+
+    Args:
+        plane (`Mapping`): What [`~hf_wash.report.plane.survey_plane`] found: `x` and `y` of the grid, `loss` of shape
+            `(rows, columns)`, and the `places` of the members and the soup.
+    """
+    import numpy as np
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.patheffects import withStroke
+
+    values = np.array([[math.nan if v is None else v for v in row] for row in plane.get("loss") or []], dtype=float)
+    if not np.isfinite(values).any():
+        return None
+    levels = _heights(float(np.nanmin(values)), float(np.nanmax(values)))
+    figure, axes = new_figure(look, 1.35)
+    colormap = look.colormap
+    norm = BoundaryNorm(levels, 256)
+    masked = np.ma.masked_invalid(values)
+    filled = axes.contourf(plane["x"], plane["y"], masked, levels=levels, cmap=colormap, norm=norm)
+    axes.contour(plane["x"], plane["y"], masked, levels=levels, colors="#ffffff", linewidths=0.5)
+    stroke = [withStroke(linewidth=2.5, foreground="#000000")]
+    near = 0.04 * (plane["y"][-1] - plane["y"][0])
+    for number, (name, (x, y)) in enumerate(plane["places"].items()):
+        soup = name == "soup"
+        axes.plot(
+            x, y, "*" if soup else _MARKERS[number % len(_MARKERS)], color="#ffffff", markersize=14 if soup else 8,
+            markeredgecolor="#000000", markeredgewidth=1.2, linestyle="none",
+        )  # fmt: skip
+        axes.text(
+            x, y + near, name, color="#ffffff", fontsize=9, ha="center", va="bottom", path_effects=stroke,
+        )  # fmt: skip
+    axes.set_aspect("equal")
+    bar = figure.colorbar(filled, ax=axes, ticks=levels[::2], format="%.3g")
+    bar.set_label("loss (nats)", color=look.ink, fontsize=9)
+    bar.ax.tick_params(colors=look.ink, labelsize=8)
+    bar.outline.set_edgecolor(look.ink)
+    _finish(
+        axes, look, "distance from member to member\n(Euclidean, in units of a weight)", "distance across", grid=None
+    )
+    return figure
+
+
+def _heights(low: float, high: float, count: int = 12) -> list[float]:
+    """
+    Heights at which a map has its lines: closer to each other where it is low, since losses rise steeply around the
+    members, and what is of interest lies between them.
+    """
+    span = max(high - low, 0.05 * abs(high), 1e-6)
+    return [low + span * (number / count) ** 2 for number in range(count + 1)]
+
+
 def draw_disagreement(look: Look, pairs: Sequence[Sequence[float]]) -> "Figure | None":
     """
     How often each two members predict different classes.

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..files import is_file
 from ..hub.record import LOCAL_MEMBERS, is_number, last_evaluation, read_json, read_log, read_record
@@ -149,9 +149,30 @@ def read_survey(folder: Path) -> dict[str, Any]:
     whole = whole and all(
         isinstance(line, dict) and all(isinstance(line.get(k), list) for k in keys) for line in lines
     )
-    if not whole or found.get("format") != 1:
+    if not whole or not _is_plane(found.get("plane")) or found.get("format") != 1:
         raise ValueError(f"{path} holds no measurements that this version can read: remove it, and measure again.")
     return found
+
+
+def _is_plane(plane: Any) -> bool:
+    """Whether it is a plane as `survey` has it, or none."""
+    if plane is None:
+        return True
+    if not isinstance(plane, dict) or not isinstance(plane.get("places"), dict):
+        return False
+    x, y, rows = (plane.get(key) for key in ("x", "y", "loss"))
+    if not (_is_numbers(x) and _is_numbers(y) and isinstance(rows, list)):
+        return False
+    heights = [[0.0 if value is None else value for value in row] if isinstance(row, list) else row for row in rows]
+    return (
+        min(len(x), len(y)) > 1
+        and [_is_numbers(row) and len(row) for row in heights] == [len(x)] * len(y)
+        and all(_is_numbers(place) and len(place) == 2 for place in plane["places"].values())
+    )
+
+
+def _is_numbers(values: Any) -> TypeGuard[list[float]]:
+    return isinstance(values, list) and all(map(is_number, values))
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:

@@ -122,6 +122,12 @@ def _pictures(run: Run) -> dict[str, Drawing]:
         f"Loss{' and accuracy' if accurate else ''} along straight lines through weight space.",
         "Numbers name members. A line to the soup goes on beyond it; the vertical line is where it meets the soup.",
     )
+    plane = seen.get("plane") or {}
+    found["plane"] = (
+        lambda look: figures.draw_plane(look, plane),
+        "Loss on the plane through three members, with the soup.",
+        _said_of_plane(plane) if plane else "",
+    )
     found["disagreement"] = (
         lambda look: figures.draw_disagreement(look, seen.get("disagreement") or []),
         "How often two members predict different classes.",
@@ -133,6 +139,20 @@ def _pictures(run: Run) -> dict[str, Drawing]:
         "Below the diagonal a model is more confident than it is right. ECE is the expected calibration error.",
     )
     return found
+
+
+def _said_of_plane(plane: Mapping[str, Any]) -> str:
+    columns, rows, away = plane["x"], plane["y"], plane.get("soup_away")
+    soup = ""
+    if away is not None:
+        # A uniform soup of three is their centre, up to rounding.
+        inside = away <= 1e-3 * (columns[-1] - columns[0])
+        soup = (
+            " The soup lies in it."
+            if inside
+            else f" The soup is {_plain(away)} away from it, and drawn where it comes nearest."
+        )
+    return f"Measured on {len(columns)} × {len(rows)} points, with straight lines between them.{soup}"
 
 
 def render(run: Run, pictures: Mapping[str, Mapping[str, Any]]) -> str:
@@ -161,7 +181,7 @@ def render(run: Run, pictures: Mapping[str, Mapping[str, Any]]) -> str:
                 "results": _results(run, examples),
                 "exchange": _exchange(run),
                 "basin": _basin(run),
-                "basin_source": f"Measured on {examples}. " + _batch_norm(seen),
+                "basin_source": f"Measured on {examples}. " + _batch_norm(seen) + _no_plane(seen),
                 "lines": [_line(line) for line in seen.get("lines", [])],
                 "calibrations": _calibrations(seen.get("calibration") or {}),
                 "calibration_source": f"On {examples}, in 15 bins of confidence.",
@@ -291,6 +311,12 @@ def _basin(run: Run) -> str:
 def _batch_norm(seen: Mapping[str, Any]) -> str:
     said = seen.get("batch_norm")
     return f"BatchNorm statistics were {said}." if said else ""
+
+
+def _no_plane(seen: Mapping[str, Any]) -> str:
+    if seen.get("plane", seen) is None:
+        return " The first three members lie on one line, so there is no plane to draw."
+    return ""
 
 
 def _line(line: Mapping[str, Any]) -> list[str]:

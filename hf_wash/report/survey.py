@@ -1,6 +1,7 @@
 """
 What is measured of a population for its report, on a fixed number of examples: the straight lines between members and
-through the soup, how often members disagree, how well they are calibrated, how far apart they are layer by layer.
+through the soup, the plane through three, how often members disagree, how well they are calibrated, how far apart they
+are layer by layer.
 
 How a model answers, and where its BatchNorm statistics come from, is passed in; the mathematics is in `measures`.
 """
@@ -17,6 +18,7 @@ from ..population import Population
 from ..sentences import first_line
 from ..soup.ensemble import mean_prediction
 from .measures import LayerSample, barrier_height, calibration, disagreement, weights_between
+from .plane import survey_plane
 
 
 FORMAT = 1
@@ -26,6 +28,7 @@ BETWEEN = tuple(number / 8 for number in range(9))
 THROUGH = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 SAMPLED_AT_THE_END = 16_384
 SOUP = "soup"
+PLANE_OF = 3
 
 
 @dataclass
@@ -97,11 +100,13 @@ def survey(
     exclude: Collection[str] = (),
     left_out: Collection[int] = (),
     about: Mapping[str, Any] | None = None,
+    plane: bool = False,
 ) -> dict[str, Any]:
     """
     *Collective.* Measure a population.
 
-    Each line is looked at by the process that hosts the member in which it begins; the other end is sent there once.
+    Each line is looked at by the process that hosts the member in which it begins; the other end is sent there once. The
+    points of the plane are dealt to all processes.
 
     Args:
         population ([`Population`]): The members.
@@ -114,6 +119,7 @@ def survey(
         exclude (`Collection[str]`, *optional*): Names of weights that all members share.
         left_out (`Collection[int]`, *optional*): Members that are not finite.
         about (`Mapping`, *optional*): What is to be said of the examples and of BatchNorm.
+        plane (`bool`, *optional*, defaults to `False`): Whether the plane through the first three members is looked at.
 
     Returns:
         `dict`: plain values of JSON, the same on every process.
@@ -143,12 +149,17 @@ def survey(
             if line is not None:
                 line = {"from": f"member {first}", "to": SOUP if second is None else f"member {second}", **line}
         lines.append(line)
+    told_plane = None
+    if plane and len(members) >= PLANE_OF:
+        told_plane = survey_plane(population, members[:PLANE_OF], soup_weights, answer_at, attempt, exclude)
     answers = [attempt(each) for each in as_they_are]
     soup = attempt(soup_as_it_is) if soup_as_it_is is not None else None
     told = population.gather_processes((attempt.failure, lines))
     failures = [f"process {rank}: {failure}" for rank, (failure, _) in enumerate(told) if failure is not None]
     if failures:
         raise RuntimeError("; ".join(failures))
+    if told_plane is not None:
+        found["plane"] = told_plane()
     found["lines"] = [
         next(line for line in same if line is not None) for same in zip(*(own for _, own in told), strict=True)
     ]

@@ -161,9 +161,9 @@ class Checkpointing(Part):
                     self.soup.left_out,
                     self.state.global_step,
                     "so no checkpoint is written, and those before stay as they are. Resume from the last one "
-                    '(`resume_from_checkpoint="auto"`) with a lower learning rate or clipped gradients. Without '
-                    'checkpoints (`save_strategy="no"`) the other members train on, and the soup leaves out what is '
-                    "not finite.",
+                    '(`resume_from_checkpoint="auto"`) with a smaller `max_grad_norm`, or begin anew with a lower '
+                    "`learning_rate`, which a checkpoint would bring as it was. Without checkpoints "
+                    '(`save_strategy="no"`) the other members train on, and the soup leaves out what is not finite.',
                 )
             self._write_checkpoint(folder)
         if self.args.push_to_hub:

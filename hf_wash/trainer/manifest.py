@@ -137,7 +137,11 @@ def _is_appearance(value: Any) -> bool:
     """Of a data set; older versions did not say."""
     if value is None:
         return True
-    if not isinstance(value, dict) or not _is_whole(value.get("count"), 1) or not isinstance(value.get("digests"), dict):
+    if (
+        not isinstance(value, dict)
+        or not _is_whole(value.get("count"), 1)
+        or not isinstance(value.get("digests"), dict)
+    ):
         return False
     return all(_is_text(index) and _is_text(digest) for index, digest in value["digests"].items())
 
@@ -219,7 +223,9 @@ def _problem(manifest: dict[str, Any]) -> str | None:
     if not isinstance(manifest.get("arguments", {}), dict):
         return f"its `arguments` must be a list of options, found {_shown(manifest['arguments'])}"
     if not _is_appearance(manifest.get("training_data")):
-        return f"its `training_data` must be a number of examples and digests, found {_shown(manifest['training_data'])}"
+        return (
+            f"its `training_data` must be a number of examples and digests, found {_shown(manifest['training_data'])}"
+        )
     return None
 
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
+from ..population.examples import appearance, difference_of_appearance
 from . import checkpoint as checkpoints
 from . import dry_run, options
 from . import replay as replays
-from ..population.examples import appearance, difference_of_appearance
 from .part import Part
 from .replay import Difference, Replay, ReplayOver, Until
 from .run_folder import leaves_no_empty_folder

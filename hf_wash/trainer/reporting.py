@@ -57,7 +57,7 @@ class Reporting(Part):
             return
         self._reports = True
         try:
-            self._surveyed = self._survey()
+            self._surveyed = self._survey(plane=any(each.plane for each in self._diagnostics))
         except Exception as error:  # on every process alike
             self._say_what_is_missing("has no lines between members and no calibration", error)
         self._write_report()
@@ -119,9 +119,12 @@ class Reporting(Part):
 
     # ---- What is measured --------------------------------------------------------------------------------------------
 
-    def _survey(self) -> dict[str, Any]:
+    def _survey(self, plane: bool = False) -> dict[str, Any]:
         """
         *Collective.* Measure the population on a fixed number of evaluation examples; the soup has been built.
+
+        Args:
+            plane (`bool`, *optional*, defaults to `False`): Whether the plane through three members is looked at, too.
 
         Raises:
             RuntimeError: on every process, if it failed on any.
@@ -132,7 +135,7 @@ class Reporting(Part):
             modes = [[(module, module.training) for module in whole.modules()] for whole in self._all_wholes()]
             try:
                 set_seed(self.args.seed + SURVEY_SEED_OFFSET)
-                return self._survey_now()
+                return self._survey_now(plane)
             finally:
                 for own in modes:
                     for module, training in own:
@@ -142,7 +145,7 @@ class Reporting(Part):
     def _all_wholes(self) -> list[nn.Module]:
         return [*self.population.wholes, self.soup.member.whole]
 
-    def _survey_now(self) -> dict[str, Any]:
+    def _survey_now(self, plane: bool) -> dict[str, Any]:
         soup, shared = self.soup.member, set()
         if self.args.same_init:
             shared = {name for name, p in soup.whole.named_parameters() if not p.requires_grad}
@@ -193,6 +196,7 @@ class Reporting(Part):
             exclude=shared,
             left_out=self.soup.left_out,
             about=about,
+            plane=plane,
         )
 
     def _data_to_survey(self) -> Any:

@@ -127,8 +127,8 @@ class ServedSoup:
             raise NonFiniteMemberError(
                 self.left_out,
                 step,
-                "so there is no soup: none is left. Train again, or from a checkpoint before it, with a lower learning rate "
-                "or clipped gradients.",
+                "so there is no soup: none is left. Go on from a checkpoint before it with a smaller `max_grad_norm`, or "
+                "train anew with a lower `learning_rate`.",
             )
 
         def load(weights: dict[str, torch.Tensor]) -> None:

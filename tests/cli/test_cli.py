@@ -396,6 +396,16 @@ def test_help_and_version(hf_wash, arguments):
     assert all(text in out for text in expected)
 
 
+def test_the_package_run_as_a_module_is_the_command(tmp_path):
+    command = [sys.executable, "-m", "hf_wash"]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert shown.returncode == 0 and all(
+        name in shown.stdout for name in ("soup", "push", "card", "inspect", "report")
+    )
+    wrong = subprocess.run([*command, "stir"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert wrong.returncode == 2 and "stir" in wrong.stderr and not wrong.stdout
+
+
 def test_a_word_that_is_no_command_is_a_mistake(hf_wash):
     check_mistake(hf_wash("stir"), "stir")
     check_mistake(hf_wash("soup", "--no-such-option"), "--no-such-option")

@@ -16,7 +16,9 @@ SCRIPT = EXAMPLES / "accelerate_loop.py"
 def test_two_processes_train_two_members_and_average_them(launch):
     run = launch(SCRIPT, "--num_steps", "120")
     members, soup = accuracies(run.stdout)
-    assert len(members) == 2 and members[0] != members[1]
+    assert len(members) == 2
+    # Two models, though their accuracies may be the same.
+    assert float(re.search(r"distance from their mean: (.*)", run.stdout).group(1)) > 0.1
     # They were kept together: the average of two strangers would be no better than a guess.
     assert min(members) > 60 and float(soup) > min(members) - 5
     moved, sent = re.search(r"received by member 0: ([\d,]+) values .* sent: ([\d,]+) bytes", run.stdout).groups()

@@ -1,6 +1,7 @@
 """`examples/compare_methods.py` and what it is made of: cells that resume, tables and picture, choices, the page."""
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -169,10 +170,12 @@ def test_a_page_is_made_of_the_records_and_says_what_they_cannot_tell(compared, 
     records.mkdir()
     shutil.copy(RESULTS / "finetuning.md", records)
     shutil.copy(compared[0] / "results.json", records / "short.json")
-    (records / "hurry.md").write_text("Train one model longer.\n")
+    (records / "hurry.md").write_text("Train one model longer ({glyphs-short, 2 members plain-N-times soup} %).\n")
     assert results_page.main([], records) == 0
     made = (tmp_path / "results.md").read_text()
-    assert made.index("Train one model longer.") < made.index("## glyphs-short")
+    said = re.search(r"Train one model longer \((\S+ ± \S+) %\)", made)
+    (row,) = [line for line in made.splitlines() if line.startswith("| one model, 2 × the steps |")]
+    assert said.end() < made.index("## glyphs-short") and f"| {said[1]} |" in row
     assert "| WASH, at 0.02 copies" in made and "pairs of rows" in made and "python examples/" in made
     assert "## Fine-tuning: a population against one long fine-tune" in made
     assert (records / "glyphs-short-2-members.png").exists()

@@ -1,12 +1,14 @@
 """`examples/train_vit.py` from the command to what loads its soup: in one process, in two, with a timm model."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
+from altered_checkpoints import change, flip_weight
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
@@ -172,21 +174,26 @@ def test_a_dry_run_of_two_processes_says_it_once(launch, train_vit_script, tmp_p
     assert completed.stdout.count("2 members × 4 steps of 16 samples, 2 processes") == 1
 
 
-def test_a_checkpoint_is_verified_or_what_differs_is_named(run_here):
+def test_a_checkpoint_is_verified_or_what_differs_is_named(run_here, tmp_path):
     kept = ("--save_strategy", "steps", "--save_steps", "2")
     folder, _ = run_here(*kept)
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    change(other / "checkpoint-2", "member_1/model.safetensors", flip_weight)
     verdicts = {}
-    for code, flags in ((0, ()), (1, ("--learning_rate", "0.1"))):
+    for code, run in ((0, folder), (1, other)):
         printed = []
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(
                 sys.modules["train_vit"], "print", lambda *parts, to=printed: to.extend(parts), raising=False
             )
-            run_here(*kept, *flags, "--verify_checkpoint", str(folder / "checkpoint-2"), "--push_to_hub")
+            run_here(*kept, "--verify_checkpoint", str(run / "checkpoint-2"), "--push_to_hub")
         assert ended.value.code == code
         verdicts[code] = "\n".join(printed)
     assert "identical: replayed from the beginning of the run to step 2" in verdicts[0]
-    assert "at step 2" in verdicts[1] and "learning_rate was 0.001 and is 0.1" in verdicts[1]
+    assert all(word in verdicts[1] for word in ("at step 2", "member 1", "vit.layernorm.weight"))
+    with pytest.raises(SystemExit, match=r"Cannot replay: .* other options: learning_rate was 0\.001 and is 0\.1"):
+        run_here(*kept, "--learning_rate", "0.1", "--verify_checkpoint", str(folder / "checkpoint-2"))
     with pytest.raises(SystemExit, match=r"train_vit\.py: error: Cannot replay: there is no folder `nowhere`"):
         run_here("--verify_checkpoint", "nowhere")
     with pytest.raises(SystemExit, match="leave --dry_run and --resume_from_checkpoint out"):

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import small_plane
 import small_population as small
 
 from hf_wash import PopulationDiagnostics
@@ -21,14 +22,52 @@ def main(folder: str, model: str) -> None:
         trainer={"callbacks": [PopulationDiagnostics(3, barrier=True)]},
     )
     trainer.train()
+    place = trainer.args.process_index, trainer.args.world_size
+    plane = small_plane.surveyed(*place)["plane"]
     if trainer.is_world_process_zero():
         kept = (LAYER_KEY, "barrier", "eval_members_disagreement")
         log = [{k: v for k, v in entry.items() if k.startswith(kept)} for entry in trainer.state.log_history]
         outcome = {
             "log": [entry for entry in log if entry],
             "survey": json.loads((Path(folder) / "report/measurements.json").read_text()),
+            "plane": plane,
         }
         print("OUTCOME " + json.dumps(outcome))
+    print(f"AFTER A FAILURE OF THE LAST PROCESS {trainer.args.process_index}: {surveyed_where_one_fails(trainer)}")
+    print(f"AFTER A FAILURE ON A PLANE {trainer.args.process_index}: {plane_where_one_fails(*place)}")
+
+
+def plane_where_one_fails(rank, world_size):
+    """The same of the plane, where the last process alone fails."""
+
+    def answer_at(weights):
+        if rank == world_size - 1:
+            raise OSError("an image that cannot be read")
+        return small_plane.answer_at(weights)
+
+    try:
+        small_plane.surveyed(rank, world_size, answer_at=answer_at)
+    except RuntimeError as error:
+        return error
+    return "nothing"
+
+
+def surveyed_where_one_fails(trainer):
+    """What the report's measuring says on this process when the last process alone has a model that cannot answer."""
+    answers_of = type(trainer)._answers_of
+
+    def fail(*_):
+        raise OSError("an image that cannot be read")
+
+    try:
+        if trainer.args.process_index == trainer.args.world_size - 1:
+            type(trainer)._answers_of = fail
+        trainer._survey()
+    except RuntimeError as error:
+        return error
+    finally:
+        type(trainer)._answers_of = answers_of
+    return "nothing"
 
 
 if __name__ == "__main__":

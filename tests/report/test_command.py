@@ -66,6 +66,7 @@ def test_a_folder_is_reported_on_and_measured_where_images_are_named(run, photos
         (["nowhere"], "There is no folder nowhere."),
         (["."], "holds nothing of a run"),
         ([".", "--train-data", "."], "--train-data is for measuring on --eval-data"),
+        ([".", "--plane"], "--plane is measured on --eval-data"),
         ([".", "--eval-data", "nowhere"], "there is no folder nowhere"),
     ],
 )

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from hf_wash.hub.record import write_record
 from hf_wash.report import figures
-from hf_wash.report.gather import gather
-from hf_wash.report.page import write_report
+from hf_wash.report.gather import Run, gather
+from hf_wash.report.page import render, write_report
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -48,6 +48,14 @@ SURVEY = {
         line("member 0", "soup", [0.5, 1.5, 2.0], 0.0),
     ],
     "barrier": 1.75,
+    "plane": {
+        "x": [-1.0, 1.5, 4.0, 6.5],
+        "y": [-1.0, 2.0, 5.0],
+        "loss": [[4.0, 2.0, 2.5, 9.0], [3.0, 0.5, 0.75, 4.0], [2.0, 0.5, 1.0, None]],
+        "accuracy": None,
+        "places": {"member 0": [0.0, 0.0], "member 1": [5.0, 0.0], "member 2": [3.0, 4.0], "soup": [2.5, 1.5]},
+        "soup_away": 0.75,
+    },
     "disagreement": [[0.0, 0.25, 0.5], [0.25, 0.0, 0.125], [0.5, 0.125, 0.0]],
     "calibration": {name: calibrated(0.0625) for name in ("member 0", "member 1", "member 2", "soup", "ensemble")},
     "answers": {"soup": {"loss": 1.5, "accuracy": 0.625}, "ensemble": {"loss": 0.4, "accuracy": 0.9}},
@@ -93,24 +101,24 @@ def test_nothing_of_the_page_lies_elsewhere(page):
     without_pictures = re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
     assert not re.search(r"https?:|//[a-z]|<script|<link|<iframe|@import|url\(", without_pictures)
     sources = re.findall(r'(?:src|srcset)="([^"]+)"', page)
-    assert len(sources) == 16 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert len(sources) == 18 and all(source.startswith("data:image/png;base64,") for source in sources)
 
 
 def test_pictures_on_the_page_are_those_beside_it_in_two_looks(folder, page):
     embedded = {base64.b64decode(data) for data in re.findall(r"base64,([A-Za-z0-9+/=]+)", page)}
     beside = {path.name: path.read_bytes() for path in (folder / "report").glob("*.png")}
     assert set(beside.values()) == embedded
-    names = {"accuracy", "loss", "consensus", "layers", "bytes", "lines", "disagreement", "reliability"}
+    names = {"accuracy", "loss", "consensus", "layers", "bytes", "lines", "plane", "disagreement", "reliability"}
     assert set(beside) == {f"{name}{suffix}.png" for name in names for suffix in ("", "-dark")}
     for name, content in beside.items():
         with Image.open(io.BytesIO(content)) as image:
             assert image.convert("RGB").getpixel((0, 0)) == ((22, 25, 29) if "-dark" in name else (255, 255, 255))
-    assert page.count('media="(prefers-color-scheme: dark)"') == 8
+    assert page.count('media="(prefers-color-scheme: dark)"') == 9
 
 
 def test_every_picture_has_words_in_its_place(page):
     captions = re.findall(r'<img [^>]*alt="([^"]*)"', page)
-    assert len(captions) == 8 and all(len(caption) > 20 for caption in captions)
+    assert len(captions) == 9 and all(len(caption) > 20 for caption in captions)
 
 
 def test_the_page_says_the_numbers(page):
@@ -125,6 +133,7 @@ def test_the_page_says_the_numbers(page):
         "DDP 12 kB 480 kB 20 ×",
         "BatchNorm statistics were re-estimated at every point",
         "soup 6.25 % 80.00 %",
+        "The soup is 0.75 away from it",
     ):  # fmt: skip
         assert said in words, said
 
@@ -133,21 +142,22 @@ def test_names_are_text_and_no_markup(page):
     assert "<b>bold" not in page and "a &lt;b&gt;bold&lt;/b&gt; name" in page
 
 
-def test_an_unchanged_run_gives_an_unchanged_report(folder, page):
-    write_report(folder)
-    assert (folder / "report/index.html").read_text(encoding="utf-8") == page
+def test_an_unchanged_run_gives_an_unchanged_report(tmp_path):
+    write_record(tmp_path, {"model": RECORD["model"]})
+    seen = {"format": 1, "plane": SURVEY["plane"]}  # the picture with most in it
+    first, second = (write_report(tmp_path, surveyed=seen).read_bytes() for _ in range(2))
+    assert first == second and b'id="basin"' in first and len(list((tmp_path / "report").glob("*.png"))) == 2
 
 
-def test_members_in_one_basin_are_said_to_be(tmp_path):
-    write_record(tmp_path, RECORD)
+def test_members_in_one_basin_are_said_to_be():
     flat = {**SURVEY, "barrier": 0.0, "lines": [line("member 0", "member 1", [0.5, 0.5, 0.5], 0.0)]}
-    text = write_report(tmp_path, surveyed=flat).read_text()
+    text = render(Run("a run", surveyed=flat), {})
     assert "the members lie in one basin" in text and "in different basins" not in text
 
 
 def test_a_loss_that_is_not_finite_is_no_barrier_of_zero(tmp_path):
     write_record(tmp_path, RECORD)
-    lost = {**SURVEY, "barrier": None, "lines": [line("member 0", "member 1", [0.5, 0.5, 0.5], None)]}
+    lost = {"format": 1, "barrier": None, "lines": [line("member 0", "member 1", [0.5, 0.5, 0.5], None)]}
     lost["lines"][0]["loss"][1] = None
     text = write_report(tmp_path, surveyed=lost).read_text()
     assert "not finite somewhere" in text and "one basin:" not in text
@@ -186,6 +196,11 @@ def test_a_heat_map_has_a_column_for_each_step(folder):
     ("file", "content", "said"),
     [
         ("report/measurements.json", '{"format": 1, "lines": 3}', "no measurements that this version can read"),
+        (
+            "report/measurements.json",
+            '{"format": 1, "plane": {"x": [0]}}',
+            "no measurements that this version can read",
+        ),
         ("report/measurements.json", "{", "is not valid JSON"),
         ("trainer_state.json", '{"log_history": 5}', "trainer_state.json has 5 as log_history"),
     ],
@@ -215,11 +230,31 @@ def test_lines_can_be_told_apart_in_grey():
     assert len({str(look) for look in drawn}) == 3
 
 
+def test_a_plane_is_a_map_that_gets_lighter_or_darker_with_its_height_and_marks_who_lies_where():
+    figure = figures.draw_plane(figures.DARK, SURVEY["plane"])
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == list(SURVEY["plane"]["places"])
+    markers = [(mark.get_marker(), *mark.get_xydata()[0]) for mark in axes.lines]
+    assert [list(mark[1:]) for mark in markers] == list(SURVEY["plane"]["places"].values())
+    assert len({mark[0] for mark in markers}) == 4
+    heights = figures._heights(0.5, 9.0)
+    assert heights[0] == 0.5 and heights[-1] == 9.0 and heights == sorted(set(heights))
+    # A flat one is no map of noise.
+    assert figures._heights(1.0, 1.0001)[-1] == pytest.approx(1.05, rel=1e-4)
+    assert figures.draw_plane(figures.LIGHT, {**SURVEY["plane"], "loss": [[None] * 4] * 3}) is None
+
+
+def test_of_members_on_one_line_it_is_said_that_there_is_no_plane():
+    text = render(Run("a run", surveyed={**SURVEY, "plane": None}), {})
+    assert "lie on one line, so there is no plane" in text and 'id="plane"' not in text
+
+
 def test_every_axis_is_labelled():
     run_pictures = [
         figures.draw_consensus(figures.LIGHT, ([1, 2], [0.1, 0.2])),
         figures.draw_layers(figures.LIGHT, ["a", "b"], [1, 2], [[0.1, 0.2], [0.3, 0.4]]),
         figures.draw_lines(figures.DARK, SURVEY["lines"]),
+        figures.draw_plane(figures.LIGHT, SURVEY["plane"]),
         figures.draw_disagreement(figures.DARK, SURVEY["disagreement"]),
         figures.draw_reliability(figures.LIGHT, SURVEY["calibration"]),
     ]
@@ -274,4 +309,4 @@ def test_a_browser_finds_every_picture_and_no_page_wider_than_a_phone(folder, tm
         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=400,900", page.as_uri(),
     ]  # fmt: skip
     found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-    assert re.search("<title>(.*?)</title>", found).group(1) == "true 8 true"
+    assert re.search("<title>(.*?)</title>", found).group(1) == "true 9 true"

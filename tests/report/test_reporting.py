@@ -24,7 +24,10 @@ def reported(tmp_path_factory):
     """A run of three members with its report, and the same run without."""
     folder = tmp_path_factory.mktemp("reported")
     with_report = population(
-        folder / "with", size=3, report=True, trainer={"callbacks": [PopulationDiagnostics(4, barrier=True)]}
+        folder / "with",
+        size=3,
+        report=True,
+        trainer={"callbacks": [PopulationDiagnostics(4, barrier=True, plane=True)]},
     )
     with_report.train()
     without = population(folder / "without", size=3)
@@ -79,6 +82,23 @@ def test_lines_begin_and_end_at_members_and_pass_through_the_soup(reported):
         ends = [line["loss"][line["fractions"].index(end)] for end in (0.0, 1.0)]
         assert ends == pytest.approx([found["answers"][line[end]]["loss"] for end in ("from", "to")], rel=1e-5)
     assert found["barrier"] == max(line["barrier"] for line in found["lines"][:3])
+
+
+def test_the_plane_through_three_members_is_on_the_report_if_asked_for(reported):
+    trainer, _, folder = reported
+    plane = survey_of(folder / "with")["plane"]
+    distance = sum(
+        (p - q).double().square().sum()
+        for p, q in zip(*(m.parameters() for m in trainer.population.members[:2]), strict=True)
+    )
+    assert plane["places"]["member 1"] == pytest.approx([float(distance.sqrt()), 0.0])
+    # The uniform soup of three is their centre.
+    corners = [plane["places"][f"member {i}"] for i in range(3)]
+    assert plane["places"]["soup"] == pytest.approx([sum(axis) / 3 for axis in zip(*corners, strict=True)], rel=1e-4)
+    assert [len(row) for row in plane["loss"]] == [9] * 9 == [len(row) for row in plane["accuracy"]]
+    assert (folder / "with/report/plane.png").exists()
+    page = (folder / "with/report/index.html").read_text()
+    assert 'id="plane"' in page and "The soup lies in it." in page
 
 
 def test_members_of_different_origins_have_a_barrier(tmp_path):
@@ -213,5 +233,12 @@ def test_two_processes_measure_what_one_does(tmp_path, launch):
         )  # fmt: skip
         (line,) = [line for line in completed.stdout.splitlines() if line.startswith("OUTCOME ")]
         outcomes.append(json.loads(line.removeprefix("OUTCOME ")))
+        # What one process stumbles over is told to all of them, and none waits.
+        said = [line for line in completed.stdout.splitlines() if line.startswith("AFTER A FAILURE")]
+        assert sorted(said) == [
+            f"AFTER A FAILURE {where} {rank}: process {processes - 1}: OSError: an image that cannot be read"
+            for where in ("OF THE LAST PROCESS", "ON A PLANE")
+            for rank in range(processes)
+        ]
     assert outcomes[0] == outcomes[1]
     assert len(outcomes[0]["log"]) == 4 + 2 + 2

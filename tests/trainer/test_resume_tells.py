@@ -8,6 +8,7 @@ import pytest
 from small_population import Digits, DigitStream, digest, population, started, vit
 
 from hf_wash import MemberOverrides
+from hf_wash.mixing import ContagionError
 from hf_wash.trainer.options import recorded
 
 
@@ -102,6 +103,12 @@ def test_what_changed_and_takes_effect_is_told_and_takes_it(run_folder, tmp_path
     (told,) = [text for text in say() if "other options" in text]
     before = told.partition("Without effect")[0]
     assert f"Taking effect from here on: {name} was " in before and f"and is {EFFECTIVE[name]!r}" in before
+
+
+def test_what_is_advised_after_a_divergence_is_what_takes_effect():
+    advice = str(ContagionError([1], 3))
+    assert "`max_grad_norm`" in advice and "max_grad_norm" in EFFECTIVE
+    assert "lower `learning_rate` takes effect in a new run only" in advice and "learning_rate" in WITHOUT_EFFECT
 
 
 def test_members_own_settings_are_compared(run_folder, tmp_path, say):

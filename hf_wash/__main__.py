@@ -1,0 +1,6 @@
+"""So that `python -m hf_wash` is `hf-wash`."""
+
+from .cli import main
+
+
+main()

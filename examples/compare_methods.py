@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import CommandLine
 from comparison.data import prepare
 from comparison.methods import BUDGETS, METHODS, label, rows
 from comparison.models import make_model
@@ -27,7 +28,6 @@ from comparison.record import cells_for, record, save, tuned_settings
 from comparison.runner import Runner, available_cores, in_words, step_seconds
 from comparison.setting import MODELS, PRESETS, RECIPES, Setting
 from comparison.tables import comparison_csv, comparison_table, rows_of, verdict
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from hf_wash.files import write_whole
@@ -180,7 +180,7 @@ def write(folder: Path, kept: dict[str, Any], also: str | None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compare; returns the exit code."""
-    parser = HfArgumentParser([SettingArguments, CompareArguments], description=(__doc__ or "").split("\n\n")[0])
+    parser = CommandLine([SettingArguments, CompareArguments], __doc__)
     logging.set_verbosity_error()
     given, chosen = parser.parse_args_into_dataclasses(args=arguments)
     setting = given.setting()
@@ -224,5 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)  # what is left has been said
     except ValueError as error:
         sys.exit(f"error: {error}")

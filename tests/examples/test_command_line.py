@@ -21,7 +21,7 @@ def test_each_flag_stands_in_one_group(parser):
     shown = [action for group in parser._action_groups for action in group._group_actions]
     assert sorted(map(id, shown)) == sorted(map(id, parser._actions))
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
-    # Named since transformers 5.18.
+    # The name that transformers took after 5.17.
     assert set(command_line.TRAINING) - names <= {"activation_checkpointing"}
     assert set(command_line.SAVING) <= names | {field.name for field in dataclasses.fields(PopulationArguments)}
 

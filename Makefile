@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # What pip installs. .ci/run installs without -e, so that a file missing from the package cannot hide.
 INSTALL ?= -e ".[dev]"
-OUTPUT_DIR ?= outputs/digits
+OUTPUT_DIR ?= outputs/vit
 ARGS ?=
 PYTEST_ARGS ?=
 # Processes that share the tests, a file at a time. JOBS=0 PYTEST_ARGS=--pdb to look into one.

@@ -25,7 +25,7 @@ from hf_wash.trainer.manifest import runs_in
 TRAINING = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
     *("gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim"),
-    *("label_smoothing_factor", "max_grad_norm", "seed", "data_seed", "bf16", "fp16", "gradient_checkpointing"),
+    *("label_smoothing_factor", "max_grad_norm", "seed", "data_seed", "bf16", "fp16", "activation_checkpointing"),
     *("torch_compile", "dataloader_num_workers", "use_cpu"),
 )
 SAVING = (

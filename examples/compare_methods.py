@@ -10,7 +10,8 @@ of them: members, ensemble, averaged model, greedy soup, what was sent.
 
 OUTPUT_DIR gets `table.md`, `table.csv`, `picture.png` and `results.json`, what `results_page.py` makes its page from. A
 cell (one method, setting and seed) that is finished is not run again by the same command; one that was killed goes on
-from its checkpoint.
+from its checkpoint. Tables and picture are of all finished cells of the folder that have the same setting, so that methods
+can be added by another call.
 """
 
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import CommandLine
 from comparison.data import prepare
 from comparison.methods import BUDGETS, METHODS, label, rows
 from comparison.models import make_model
@@ -26,10 +28,10 @@ from comparison.record import cells_for, record, save, tuned_settings
 from comparison.runner import Runner, available_cores, in_words, step_seconds
 from comparison.setting import MODELS, PRESETS, RECIPES, Setting
 from comparison.tables import comparison_csv, comparison_table, rows_of, verdict
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from hf_wash.files import write_whole
+from hf_wash.trainer.run_folder import MadeFolders
 
 
 KINDS = ("published", "default", "tuned", "budgets")
@@ -138,12 +140,13 @@ def begin(arguments: SettingArguments, setting: Setting, script: str) -> tuple[R
         the steps in an epoch.
     """
     folder = Path(arguments.output_dir or f"outputs/{script}-{arguments.preset}")
-    folder.mkdir(parents=True, exist_ok=True)
-    data = prepare(setting, folder)
-    steps_per_epoch = len(data.train) // setting.batch_size
-    if not steps_per_epoch:
-        raise ValueError(f"{len(data.train)} images to train on are fewer than a batch of {setting.batch_size}.")
-    model = make_model(setting, data.label_names)
+    with MadeFolders(folder).none_stays_empty():
+        folder.mkdir(parents=True, exist_ok=True)
+        data = prepare(setting, folder)
+        steps_per_epoch = len(data.train) // setting.batch_size
+        if not steps_per_epoch:
+            raise ValueError(f"{len(data.train)} images to train on are fewer than a batch of {setting.batch_size}.")
+        model = make_model(setting, data.label_names)
     runner = Runner(folder, arguments.jobs or 1, step_seconds(setting, data.label_names))
     return runner, setting.length(steps_per_epoch), model, steps_per_epoch
 
@@ -177,7 +180,7 @@ def write(folder: Path, kept: dict[str, Any], also: str | None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compare; returns the exit code."""
-    parser = HfArgumentParser([SettingArguments, CompareArguments], description=(__doc__ or "").split("\n\n")[0])
+    parser = CommandLine([SettingArguments, CompareArguments], __doc__)
     logging.set_verbosity_error()
     given, chosen = parser.parse_args_into_dataclasses(args=arguments)
     setting = given.setting()
@@ -197,7 +200,11 @@ def main(arguments: list[str] | None = None) -> int:
     results, code = run_all(runner, cells_for(wanted, chosen.seeds, setting), given)
     if not results:
         return code
-    kept = record("comparison", setting, steps, results)
+    every, others = runner.finished(setting)
+    kept = record("comparison", setting, steps, every)
+    earlier = len(every) - len(results)
+    if earlier:
+        kept["command"] += " # and earlier calls with other rows or seeds"
     write(runner.folder.parent, kept, given.record)
     found = rows_of(kept["cells"], setting.population_size)
     print(f"\n{comparison_table(found)}\n")
@@ -206,12 +213,18 @@ def main(arguments: list[str] | None = None) -> int:
     if ours is not None and chosen.seeds > 1:
         for row in (row for row in found if row is not ours):
             print(verdict(ours, row))
-    print(f"\nTables, picture and record: {runner.folder.parent}")
+    print(f"\nTables, picture and record, of all {len(every)} finished cells of this setting: {runner.folder.parent}")
+    if earlier:
+        print(f"{earlier} of them are of earlier calls.")
+    if others:
+        print(f"Left out: {others} finished cells of another setting.")
     return code
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)  # what is left has been said
     except ValueError as error:
         sys.exit(f"error: {error}")

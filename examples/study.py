@@ -15,10 +15,10 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from command_line import CommandLine
 from compare_methods import SettingArguments, begin, run_all
 from comparison.record import cells_for, record, save
 from comparison.studies import STUDIES, cells_of_study, tables_of
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
 
@@ -42,7 +42,7 @@ class StudyArguments:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the studies; returns the exit code."""
-    parser = HfArgumentParser([SettingArguments, StudyArguments], description=(__doc__ or "").split("\n\n")[0])
+    parser = CommandLine([SettingArguments, StudyArguments], __doc__)
     logging.set_verbosity_error()
     given, wanted = parser.parse_args_into_dataclasses(args=arguments)
     if wanted.list:
@@ -71,5 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)  # what is left has been said
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from command_line import CommandLine
 from compare_methods import SettingArguments, begin, run_all
 from comparison.cell import Cell
 from comparison.methods import BUDGETS, FREE, METHODS, describe, for_budget, label, trials
 from comparison.record import RESULTS, cells_for, record, save
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
 
@@ -85,7 +85,7 @@ def chosen_of(results: list[dict[str, Any]], cells: list[Cell]) -> dict[str, dic
 
 def main(arguments: list[str] | None = None) -> int:
     """Tune; returns the exit code."""
-    parser = HfArgumentParser([SettingArguments, TuneArguments], description=(__doc__ or "").split("\n\n")[0])
+    parser = CommandLine([SettingArguments, TuneArguments], __doc__)
     logging.set_verbosity_error()
     given, wanted = parser.parse_args_into_dataclasses(args=arguments)
     setting = given.setting().but(hold_out=HELD_OUT, evaluate_on="held_out")
@@ -119,5 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)  # what is left has been said
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -216,6 +216,12 @@ class Times:
         return max(0, (step - self.first) // self.interval + 1)
 
 
+def _a_tenth_of(steps: int) -> int:
+    """About a tenth of a run, so that its last step is an exchange, if there is such a number near."""
+    tenth = max(1, steps // 10)
+    return next((interval for interval in range(tenth, tenth // 2, -1) if steps % interval == 0), tenth)
+
+
 def times_of(mixing: str, interval: int | None, total_steps: int, steps_per_epoch: int) -> Times:
     """
     When the members of a run exchange by a method that takes `average_interval`.
@@ -252,6 +258,6 @@ def times_of(mixing: str, interval: int | None, total_steps: int, steps_per_epoc
     if interval > total_steps:
         raise ValueError(
             f"`mixing='{mixing}'` averages every {interval} steps unless `average_interval` is set, which is longer than "
-            f"the run of {total_steps} steps: set it."
+            f"the run of {total_steps} steps: set it, to {_a_tenth_of(total_steps)} for instance."
         )
     return Times(interval, first=interval)

@@ -144,6 +144,15 @@ def label(method: str, kind: str) -> str:
     return f"{method}@{kind}" if kind[0].isdigit() else f"{method}-{kind.replace(' ', '-')}"
 
 
+def place_of(method: str, row: str) -> tuple[int, int, float]:
+    """Where a row stands among all rows of a comparison, as a key to sort by."""
+    kinds = METHODS[method].kinds
+    if "@" in row:
+        return list(METHODS).index(method), len(kinds), float(row.partition("@")[2])
+    kind = next((number for number, kind in enumerate(kinds) if row == label(method, kind)), len(kinds))
+    return list(METHODS).index(method), kind, 0.0
+
+
 def rows(
     names: list[str],
     kinds: list[str],

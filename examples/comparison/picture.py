@@ -8,6 +8,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
 
 from .methods import METHODS
 from .tables import Row
@@ -35,10 +37,59 @@ def point(row: Row) -> tuple[float, float, float]:
     return statistics.fmean(row.values("bytes_per_step")) / 1000, statistics.fmean(accuracies), spread
 
 
+# Where a text goes beside its point, and above or below its level line, in points of the page: the first free place.
+BESIDE = [
+    (x, y, "left" if x > 0 else "right" if x < 0 else "center")
+    for y in (0, 9, -9, 18, -18, 27, -27, 36, -36, 45, -45)
+    for x in ((8, -8) if abs(y) < 9 else (8, -8, 0))
+]
+ALONG = [(x, y, "left") for y in (6, -7, 15, -16) for x in (4, 100, 200, 300, 400)]
+
+
+def place(axes, points: list[tuple[float, float, float]], texts: list[tuple[float, float, str]], levels: dict) -> None:
+    """
+    Write names beside their points and along their level lines, so that none lies on another, on a mark or on its bar,
+    as far as there is room.
+
+    Args:
+        axes (`matplotlib.axes.Axes`): Whose limits are final.
+        points (`list[tuple[float, float, float]]`): All marks, as [`point`] gives them.
+        texts (`list[tuple[float, float, str]]`): x, y in the axes' data, and what is written there.
+        levels (`dict[str, float]`): What is written along which level.
+    """
+    axes.figure.canvas.draw()
+    frame, to_pixels = axes.get_window_extent(), axes.transData.transform
+    taken = []
+    for x, y, spread in points:
+        (left, low), (_, high) = to_pixels([(x, y - spread), (x, y + spread)])
+        taken.append(Bbox.from_extents(left - 5, min(low, to_pixels((x, y))[1] - 5), left + 5, max(high, low + 10)))
+    start = axes.get_xlim()[0]
+    every = [(start, level, text, ALONG, "dimgrey") for text, level in levels.items()]
+    every += [(x, y, text, BESIDE, "black") for x, y, text in sorted(texts, key=lambda one: (one[1], one[0]))]
+    for x, y, text, places, colour in every:
+        written = axes.annotate(
+            text, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=7.5, va="center", color=colour,
+            path_effects=[withStroke(linewidth=2, foreground="white")],
+        )  # fmt: skip
+
+        def put(dx: float, dy: float, side: str, written=written) -> Bbox:
+            written.set_position((dx, dy))
+            written.set_horizontalalignment(side)
+            return written.get_window_extent()
+
+        def is_free(box: Bbox) -> bool:
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            return inside and not any(box.overlaps(other) for other in taken)
+
+        free = next((where for where in places if is_free(put(*where))), places[0])
+        taken.append(put(*free))
+
+
 def picture(rows: list[Row], name: str) -> bytes:
     """
     Accuracy of the averaged model against the bytes that a member sends in a step, as PNG: for each method a line
-    through its budgets, and hollow marks for its other settings. What sends nothing is a level line.
+    through its budgets, its name at the end, and hollow marks for its other settings, each with its name. What sends
+    nothing is a level line.
 
     Args:
         rows (`list[Row]`): Of the comparison.
@@ -46,10 +97,18 @@ def picture(rows: list[Row], name: str) -> bytes:
     """
     figure, axes = pyplot.subplots(figsize=(11, 5), layout="constrained")
     sending = [row for row in rows if row.method in STYLES and statistics.fmean(row.values("bytes_per_step")) > 0]
+    texts: list[tuple[float, float, str]] = []
+    marks: list[tuple[float, float, float]] = []
+    levels: dict[str, float] = {}
     for method, (marker, dashes, colour) in STYLES.items():
         for filled in (True, False):  # budgets, joined; then other settings, hollow
             own = [row for row in sending if row.method == method and ("@" in row.label) is filled]
             points = sorted(map(point, own))
+            marks += points
+            if filled:
+                texts += [(x, y, METHODS[method].title) for x, y, _ in points[-1:]]
+            else:
+                texts += [(*point(row)[:2], f"{METHODS[method].title}, {row.label.partition('-')[2]}") for row in own]
             if points:
                 sent, accuracies, errors = zip(*points, strict=True)
                 axes.errorbar(
@@ -63,13 +122,16 @@ def picture(rows: list[Row], name: str) -> bytes:
             title = f"{row.title}, ensemble (sends nothing)" if what == "ensemble" else row.title
             level = statistics.fmean(row.values(what))
             axes.axhline(level, linestyle=LEVELS[row.label], color="grey", linewidth=1.2, label=title)
+            levels[title.removesuffix(" (sends nothing)")] = level
     if sending:
         axes.set_xscale("log")
+        axes.margins(x=0.12, y=0.1)
     axes.set_xlabel("sent by a member in a step, on average (kB)")
     axes.set_ylabel("accuracy of the averaged model on test images (%)")
     axes.set_title(f"{name} (bars: standard deviation over seeds)", fontsize=10)
     axes.grid(True, which="both", alpha=0.25)
     figure.legend(fontsize=8, loc="outside right upper")
+    place(axes, marks, texts, levels)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
     pyplot.close(figure)

@@ -1,5 +1,6 @@
 """Many cells, side by side, each in a process of its own; what is finished is not run again."""
 
+import dataclasses
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -16,6 +17,7 @@ import torch
 from hf_wash.files import write_whole
 
 from .cell import Cell, work_on
+from .methods import place_of
 from .models import make_model
 from .setting import Setting
 
@@ -134,6 +136,28 @@ class Runner:
             )
         path = self.folder / f"{cell.name}.json"
         return json.loads(path.read_text()) if path.exists() and spec.exists() else None
+
+    def finished(self, setting: Setting) -> tuple[list[dict[str, Any]], int]:
+        """
+        The results of all finished cells in the folder, whichever call they were run by.
+
+        Args:
+            setting ([`Setting`]): Theirs.
+
+        Returns:
+            `tuple[list[dict], int]`: Those of this setting, in a comparison's order; how many have another one.
+        """
+        wanted = json.loads(json.dumps(dataclasses.asdict(setting)))
+        found, others = [], 0
+        for path in sorted(self.folder.glob("*.json")):
+            spec = self.folder / path.stem / "cell.json"
+            if not spec.exists():
+                continue
+            if json.loads(spec.read_text())["setting"] == wanted:
+                found.append(json.loads(path.read_text()))
+            else:
+                others += 1
+        return sorted(found, key=lambda cell: (cell["seed"], *place_of(cell["method"], cell["label"]))), others
 
     def estimate(self, cells: list[Cell]) -> float:
         """The seconds that these cells will take, so many at a time."""

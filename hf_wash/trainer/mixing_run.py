@@ -135,14 +135,15 @@ class MixingRun:
             return
         needed = ENOUGH_SHUFFLES / mixing_steps if mixing_steps else math.inf
         advice = (
-            f"`shuffle_probability={needed:.2g}` would reach it"
+            f"`shuffle_probability={needed:.2g}`"
             if needed <= LARGEST_FITTED_PROBABILITY
-            else f"this run is too short for it, even at {LARGEST_FITTED_PROBABILITY}; train longer"
+            else f"train longer, since this run is too short for it even at p = {LARGEST_FITTED_PROBABILITY}"
         )
         logger.warning(
             f"A first-layer weight will be shuffled about {expected:.1f} times in this run of {self._total_steps} "
-            f"steps (p = {self.probability:g}). Below about {ENOUGH_SHUFFLES} the members are disturbed without being "
-            f"brought together: {advice}."
+            f"steps (p = {self.probability:g}). In our small studies (docs/choosing_p.md) {ENOUGH_SHUFFLES} served, and at "
+            f"about 7 members and soup were worse than a single model; in between next to nothing was tried. For "
+            f"{ENOUGH_SHUFFLES}: {advice}."
         )
 
     def mix(self, step: int) -> None:

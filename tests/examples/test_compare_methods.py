@@ -131,6 +131,32 @@ def test_a_finished_cell_is_not_run_again(compared, capsys):
     assert {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")} == before
 
 
+def test_another_call_with_other_methods_adds_to_the_tables(compared, tmp_path, capsys):
+    first, arguments = compared
+    folder = tmp_path / "copy"
+    shutil.copytree(first, folder)
+    # A cell of another setting and one that is not finished are none of the comparison's.
+    spec = json.loads((folder / "cells" / "plain-once-seed1" / "cell.json").read_text())
+    spec["setting"]["width"] += 1
+    (folder / "cells" / "plain-once-seed1" / "cell.json").write_text(json.dumps(spec))
+    (folder / "cells" / "plain-N-times-seed1.json").unlink()
+    other = [*arguments[:2], "--methods", "wash", *arguments[5:]]
+    other[other.index("--output_dir") + 1] = str(folder)
+    assert compare_methods.main([*other, "--seeds", "1"]) == 0
+    kept = json.loads((folder / "results.json").read_text())
+    assert [(cell["label"], cell["seed"]) for cell in kept["cells"]] == [
+        ("wash@0.02", 0), ("plain-N-times", 0), ("plain-once", 0), ("wash@0.02", 1),
+    ]  # fmt: skip
+    assert kept["command"].endswith("# and earlier calls with other rows or seeds")
+    assert "one model, 2 × the steps" in (folder / "table.md").read_text()
+    said = capsys.readouterr().out
+    assert (
+        "of all 4 finished cells" in said
+        and "3 of them are of earlier calls" in said
+        and "Left out: 1 finished" in said
+    )
+
+
 def test_a_cell_of_another_setting_is_not_taken_for_this_one(compared):
     _, arguments = compared
     changed = ["4" if word == "3" and arguments[index - 1] == "--max_steps" else word

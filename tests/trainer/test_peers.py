@@ -453,7 +453,7 @@ def test_an_interval_longer_than_the_run_is_refused_as_soon_as_the_length_is_kno
         (
             "diloco",
             {},
-            "averages every 500 steps unless `average_interval` is set, which is longer than the run of 20",
+            "averages every 500 steps unless `average_interval` is set, which is longer than the run of 20 steps: set it, to 2 for instance.",
         ),
         (
             "papa_all",

@@ -36,7 +36,7 @@ def test_the_quick_start_saves_soup_and_members_and_its_soup_loads(tmp_path, mon
     loading, training, _ = snippets(QUICK_START)
     names = trained(training, tmp_path, monkeypatch)
     assert len(load_members(tmp_path / "my-soup")) == 4
-    names["trainer"].save_model("outputs/digits")
+    names["trainer"].save_model("outputs/vit")
     exec(loading, names)
     assert type(names["model"]) is type(names["trainer"].model)
 

@@ -43,7 +43,7 @@ BESIDE = [
     for y in (0, 9, -9, 18, -18, 27, -27, 36, -36, 45, -45)
     for x in ((8, -8) if abs(y) < 9 else (8, -8, 0))
 ]
-ALONG = [(x, y, "left") for y in (6, -7, 15, -16) for x in (4, 100, 200, 300, 400)]
+ALONG = [(x, y, "left") for y in (6, -7, 15, -16) for x in (4, 130, 260, 390)]
 
 
 def place(axes, points: list[tuple[float, float, float]], texts: list[tuple[float, float, str]], levels: dict) -> None:

@@ -356,7 +356,13 @@ def free_bytes(folder: Path) -> int:
 
 
 def expected_exchange(
-    args: Any, whole: nn.Module, members: int, steps: int, steps_per_epoch: int, state: tuple[float, float]
+    args: Any,
+    whole: nn.Module,
+    members: int,
+    steps: int,
+    steps_per_epoch: int,
+    state: tuple[float, float],
+    probability: float | None = None,
 ) -> tuple[float, float]:
     """
     Values, and their bytes, that members get from each other in a run, on average, as the mixers count them.
@@ -367,6 +373,7 @@ def expected_exchange(
         members (`int`), steps (`int`): How many, and how many optimizer steps each takes.
         steps_per_epoch (`int`): Optimizer steps in an epoch.
         state (`tuple[float, float]`): Values and bytes of the optimizer's state for each of the weights'.
+        probability (`float`, *optional*): The p of the run, if it is not the one that fits.
 
     Raises:
         ValueError: for an interval that does not fit into the run.
@@ -380,10 +387,11 @@ def expected_exchange(
         exchanges = members * times.count(steps)
         return exchanges * sum(t.numel() for t in (*trained, *buffers)), exchanges * size_of([*trained, *buffers])
     bytes_each = size_of(trained) / max(1, sum(p.numel() for p in trained))
+    probability = args.probability_for(steps) if probability is None else probability
     if args.mixing == "sparta":
-        values = args.probability_for(steps) * sum(p.numel() for p in trained)
+        values = probability * sum(p.numel() for p in trained)
     else:
-        values = expected_values_moved(whole, members, args.probability_for(steps), args.shuffle_schedule)
+        values = expected_values_moved(whole, members, probability, args.shuffle_schedule)
     values *= members * args.mixing_steps(steps)
     with_state = state if args.shuffle_optimizer_state else (0.0, 0.0)
     return values * (1 + with_state[0]), values * bytes_each * (1 + with_state[1])

@@ -3,13 +3,16 @@
 """
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..config import ENOUGH_SHUFFLES, LARGEST_FITTED_PROBABILITY, PopulationArguments
+from ..hub.wording import bytes_text, short
 from ..methods import METHODS, OUTER_MOMENTUM, Times
 from ..mixing import (
     DilocoMixer,
@@ -20,6 +23,7 @@ from ..mixing import (
     WashMixer,
 )
 from ..population import Population
+from .dry_run import expected_exchange
 
 
 logger = logging.get_logger(__name__)
@@ -93,6 +97,7 @@ class MixingRun:
         probability: float,
     ):
         self._args, self._total_steps, self._size = args, total_steps, population.size
+        self._world_size = population.world_size
         self.probability = probability
         self._method = METHODS[args.mixing]
         self.after_schedule = self._method.averages
@@ -106,6 +111,10 @@ class MixingRun:
         if population.size > 1:
             self.times = args.average_times(total_steps, steps_per_epoch)
             self.mixer = make_mixer(args, population.wholes, optimizer, probability, args.seed, self.times)
+        # Of the weights: what state an optimizer has is known after its first step.
+        self._expected = expected_exchange(
+            args, population.wholes[0], population.size, total_steps, steps_per_epoch, (0.0, 0.0), probability
+        )
 
     def repairs(self, step: int) -> bool:
         """Whether whole models become an average after a step, counted from 1, whose activations are then rescaled."""
@@ -117,18 +126,31 @@ class MixingRun:
             return self.mixer.pairs(step)[index]
         return range(self._size)
 
-    def say_what_is_exchanged(self) -> None:
-        """Log what the members do; of a shuffle the probability, and warn where the run is too short for it."""
-        if self.mixer is None:
-            return
+    def forecast(self) -> str:
+        """What the run takes, in one line: members × steps, and what they will exchange."""
+        processes = f"{self._world_size} process{'es' if self._world_size > 1 else ''}"
+        run = f"{self._size} member{'s' if self._size > 1 else ''} × {self._total_steps:,} steps on {processes}"
+        values, nbytes = self._expected
+        if not values:
+            return f"{run}; nothing is exchanged."
         if self.times is not None:
-            exchanges = self.times.count(self._total_steps)
-            logger.info(f"{self._method.title}: the members {self._method.does}, {exchanges} times in this run.")
-        if self._args.mixing == "sparta":
-            logger.info(f"SPARTA: weights are averaged with p = {self.probability:g}.")
-        if self._args.mixing != "wash":
+            how = f"{self._method.title}: members {self._method.does}, {self.times.count(self._total_steps)} times"
+        elif self._args.mixing == "sparta":
+            how = f"SPARTA: a weight is averaged with p = {self.probability:.3g}"
+        else:
+            shuffles = self.probability * self._args.mixing_steps(self._total_steps)
+            how = f"WASH: a first-layer weight is shuffled {shuffles:.3g} times, p = {self.probability:.3g}"
+        state = ", and the optimizer's state for them" if self._args.shuffle_optimizer_state else ""
+        return f"{run}. {how}; about {short(values)} values, {bytes_text(nbytes)}{state}."
+
+    def say_what_is_exchanged(self) -> None:
+        """Say what the run takes, where a progress bar says how far it is, and warn where it is too short for WASH."""
+        if self._args.disable_tqdm:
+            logger.info(self.forecast())
+        else:
+            tqdm.write(self.forecast(), file=sys.stderr)
+        if self.mixer is None or self._args.mixing != "wash":
             return
-        logger.info(f"Shuffling with p = {self.probability:g}.")
         mixing_steps = self._args.mixing_steps(self._total_steps)
         expected = self.probability * mixing_steps
         if not self.probability or expected >= ENOUGH_SHUFFLES:

@@ -22,7 +22,9 @@ from small_population import (
 from torch import nn
 
 from hf_wash import MemberOverrides
+from hf_wash.hub.wording import bytes_text, short
 from hf_wash.trainer import dry_run
+from hf_wash.trainer.mixing_run import MixingRun
 
 
 # No trace
@@ -139,12 +141,19 @@ def test_an_optimizer_of_the_users_is_left_as_it_is(tmp_path):
 # What it says
 
 
-def test_it_says_what_the_run_then_costs(tmp_path):
+def test_it_says_what_the_run_then_costs(tmp_path, capsys):
     model = started(lambda: vit(hidden_size=64, intermediate_size=128))
     saves = {"save_strategy": "steps", "save_steps": 10, "save_total_limit": 2}
     trainer = population(tmp_path, model, max_steps=40, **saves)
     report = trainer.check()
+    trainer.args.disable_tqdm = False
     trainer.train()
+    # And the run the short of it when it begins.
+    line = next(line for line in capsys.readouterr().err.splitlines() if "members ×" in line)
+    assert line == (
+        "4 members × 40 steps on 1 process. WASH: a first-layer weight is shuffled 12 times, p = 0.3; about "
+        f"{short(report.values_moved)} values, {bytes_text(report.bytes_exchanged)}."
+    )
     assert report.values_moved == pytest.approx(trainer.values_moved, rel=0.05)
     assert report.bytes_exchanged == 4 * report.values_moved
     assert report.expected_shuffles == pytest.approx(0.3 * 40)
@@ -176,6 +185,24 @@ def test_where_nothing_is_exchanged_it_says_so(tmp_path, settings):
     report = population(tmp_path, **settings).check()
     assert (report.values_moved, report.bytes_exchanged) == (0, 0)
     assert "nothing is exchanged" in str(report) and "others send" not in str(report)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mixing": "papa"}, "PAPA: members are pulled towards their mean, 2 times; about 40.1 k values, 161 kB."),
+        ({"mixing": "sparta"}, "SPARTA: a weight is averaged with p = 0.005; about 1.2 k values, 4.82 kB."),
+        ({"mixing": "independent"}, "nothing is exchanged."),
+        ({"shuffle_optimizer_state": True}, ", and the optimizer's state for them."),
+    ],
+    ids=str,
+)
+def test_a_run_says_in_a_line_what_its_members_exchange(tmp_path, settings, said):
+    # Of four members with 5,018 trained weights of 4 bytes.
+    trainer = population(tmp_path, max_steps=12, shuffle_probability=None, **settings)
+    optimizer, args = trainer.create_optimizer(), trainer.args
+    run = MixingRun(args, trainer.population, optimizer, 12, 20, args.probability_for(12))
+    assert run.forecast().startswith("4 members × 12 steps on 1 process") and run.forecast().endswith(said)
 
 
 @pytest.mark.parametrize(

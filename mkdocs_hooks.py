@@ -134,7 +134,21 @@ def on_page_markdown(markdown, page, config, files):
     uri = page.file.src_uri
     if uri.startswith(("reference/", "files/")):
         return markdown
-    return with_links(markdown, source_of(uri), uri)
+    return with_links(in_both_looks(markdown, source_of(uri)), source_of(uri), uri)
+
+
+PICTURE = re.compile(r"(!\[[^\]]*\])\(([^)\s#]+)\.png\)")
+
+
+def in_both_looks(markdown: str, source: str) -> str:
+    """A page whose pictures are the dark ones in its dark look, where `NAME-dark.png` lies beside `NAME.png`."""
+
+    def replaced(match: re.Match) -> str:
+        if not (ROOT / posixpath.dirname(source) / f"{match[2]}-dark.png").exists():
+            return match[0]
+        return f"{match[1]}({match[2]}.png#only-light)\n{match[1]}({match[2]}-dark.png#only-dark)"
+
+    return PICTURE.sub(replaced, markdown)
 
 
 # ---- Docstrings --------------------------------------------------------------------------------------------------------

@@ -112,3 +112,8 @@ Args:
         "    x: kept",
     ):
         assert line in told.splitlines(), line
+
+
+def test_a_picture_that_comes_in_two_looks_is_shown_in_that_of_the_page(site):
+    shown = {link.partition("report")[2] for link in site[0]["report.html"].links if ".png" in link}
+    assert {".png#only-light", "-dark.png#only-dark"} <= shown

@@ -14,11 +14,10 @@ from hf_wash.report import figures
 from hf_wash.report.gather import Run, gather
 
 
-def draw(runs: list[Run]) -> bytes:
-    """The picture, both runs on the same axes."""
+def draw(runs: list[Run], look: figures.Look) -> bytes:
+    """The picture in one look, both runs on the same axes."""
     from matplotlib.figure import Figure
 
-    look = figures.LIGHT
     figure = Figure(figsize=(8.4, 3.3), dpi=100, layout="constrained", facecolor=look.face)
     panels = figure.subplots(1, len(runs), sharey=True)
     for axes, run in zip(panels, runs, strict=True):
@@ -32,14 +31,17 @@ def draw(runs: list[Run]) -> bytes:
             )  # fmt: skip
         axes.set_title(
             f"{run.name if run.method == 'this run' else run.method}: barrier {run.surveyed['barrier']:.2g} nats",
-            fontsize=11,
-        )
-        axes.set_xlabel("position on the line (0: its start, 1: its end)")
+            fontsize=11, color=look.ink,
+        )  # fmt: skip
+        axes.set_xlabel("position on the line (0: its start, 1: its end)", color=look.ink)
+        axes.set_facecolor(look.face)
+        axes.tick_params(colors=look.ink)
         axes.grid(color=look.grid, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("loss (nats)")
+        axes.spines[["bottom", "left"]].set_color(look.ink)
+    panels[0].set_ylabel("loss (nats)", color=look.ink)
     named = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
-    figure.legend(named.values(), named, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(named.values(), named, loc="outside lower center", ncols=2, frameon=False, labelcolor=look.ink)
     return figures.as_png(figure)
 
 
@@ -47,13 +49,16 @@ def main() -> None:
     """Read the runs and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs=2, type=Path, help="folders of two runs that have a report")
-    parser.add_argument("--out", type=Path, required=True, help="the picture to write")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the picture to write; a dark one goes beside it, as -dark"
+    )
     chosen = parser.parse_args()
     runs = [gather(folder) for folder in chosen.runs]
     for folder, run in zip(chosen.runs, runs, strict=True):
         if not run.surveyed.get("lines"):
             parser.error(f"{folder} has no measurements: train with report=True and evaluation data")
-    chosen.out.write_bytes(draw(runs))
+    chosen.out.write_bytes(draw(runs, figures.LIGHT))
+    chosen.out.with_stem(f"{chosen.out.stem}-dark").write_bytes(draw(runs, figures.DARK))
 
 
 if __name__ == "__main__":

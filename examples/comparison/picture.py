@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogFormatter
 from matplotlib.transforms import Bbox
 
 from .methods import METHODS
@@ -125,6 +126,8 @@ def picture(rows: list[Row], name: str) -> bytes:
             levels[title.removesuffix(" (sends nothing)")] = level
     if sending:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(LogFormatter())
+        axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
         axes.margins(x=0.12, y=0.1)
     axes.set_xlabel("sent by a member in a step, on average (kB)")
     axes.set_ylabel("accuracy of the averaged model on test images (%)")

@@ -167,6 +167,7 @@ def _is_plane(plane: Any) -> bool:
     return (
         min(len(x), len(y)) > 1
         and [_is_numbers(row) and len(row) for row in heights] == [len(x)] * len(y)
+        and len(plane["places"]) > 1
         and all(_is_numbers(place) and len(place) == 2 for place in plane["places"].values())
     )
 

@@ -352,12 +352,17 @@ def draw_plane(look: Look, plane: Mapping[str, Any]) -> "Figure | None":
             x, y + near, name, color="#ffffff", fontsize=9, ha="center", va="bottom", path_effects=stroke,
         )  # fmt: skip
     axes.set_aspect("equal")
+    first, second, *_ = plane["places"]
     bar = figure.colorbar(filled, ax=axes, ticks=levels[::2], format="%.3g")
     bar.set_label("loss (nats)", color=look.ink, fontsize=9)
     bar.ax.tick_params(colors=look.ink, labelsize=8)
     bar.outline.set_edgecolor(look.ink)
     _finish(
-        axes, look, "distance from member to member\n(Euclidean, in units of a weight)", "distance across", grid=None
+        axes,
+        look,
+        f"distance from {first} towards {second}\n(Euclidean, in units of a weight)",
+        "distance across",
+        grid=None,
     )
     return figure
 

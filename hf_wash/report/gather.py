@@ -167,6 +167,7 @@ def _is_plane(plane: Any) -> bool:
     return (
         min(len(x), len(y)) > 1
         and [_is_numbers(row) and len(row) for row in heights] == [len(x)] * len(y)
+        and len(plane["places"]) > 1
         and all(_is_numbers(place) and len(place) == 2 for place in plane["places"].values())
     )
 
@@ -191,10 +192,12 @@ def _fill_layers(run: Run, members: Sequence[Path]) -> None:
     }
     at_the_end = run.surveyed.get("layers") or {}
     if columns:
-        run.layer_names = list(next(iter(columns.values())))
+        # A file of the Trainer's has its keys by the alphabet (transformers 5.24), and only the measurements keep the order.
+        logged, ordered = next(iter(columns.values())), at_the_end.get("names") or []
+        run.layer_names = list(ordered) if set(ordered) == set(logged) else sorted(logged, key=_natural)
         run.layer_steps = list(columns)
         run.layer_spreads = [[_or_nan(column.get(name)) for name in run.layer_names] for column in columns.values()]
-        run.layer_source = "estimated while training by `PopulationDiagnostics`, on a sample of each layer's weights"
+        run.layer_source = "while training by PopulationDiagnostics, on a sample of each layer's weights"
     elif at_the_end.get("names"):
         run.layer_names = list(at_the_end["names"])
         run.layer_steps = [run.surveyed.get("step") or 0]

@@ -87,7 +87,8 @@ def history(layers=True):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     write_record(folder, RECORD)
-    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history()}))
+    # By the alphabet, as the Trainer saves it.
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history()}, sort_keys=True))
     write_report(folder, surveyed=SURVEY)
     return folder
 
@@ -189,7 +190,16 @@ def test_layers_at_the_end_come_from_the_members_that_were_saved(tmp_path):
 def test_a_heat_map_has_a_column_for_each_step(folder):
     run = gather(folder)
     assert run.layer_steps == [10, 20, 30, 40] and len(run.layer_spreads[0]) == 12
+    assert run.layer_names == [f"layer {i}" for i in range(12)]
     assert run.layer_spreads[3][11] == pytest.approx(40 * 12 / 1e4)
+
+
+def test_its_layers_are_in_the_order_of_the_model(tmp_path):
+    names = ["tokens", "middle", "answer"]
+    log = [{"step": step, **{f"layer_spread/{name}": 0.5 for name in names}} for step in (1, 2)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}, sort_keys=True))
+    surveyed = {"layers": {"names": names, "spread": [0.0] * 3}}
+    assert gather(tmp_path, surveyed=surveyed).layer_names == names
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_the_plane_through_three_members_is_on_the_report_if_asked_for(reported)
     trainer, _, folder = reported
     plane = survey_of(folder / "with")["plane"]
     distance = sum(
-        (p - q).double().square().sum()
+        (p - q).detach().double().square().sum()
         for p, q in zip(*(m.parameters() for m in trainer.population.members[:2]), strict=True)
     )
     assert plane["places"]["member 1"] == pytest.approx([float(distance.sqrt()), 0.0])

@@ -166,6 +166,13 @@ def _script() -> str:
     return os.path.basename(sys.argv[0])
 
 
+def name_report(folder: str) -> None:
+    """A line on where the report of a run is, if it has one."""
+    page = os.path.join(folder, "report", "index.html")
+    if os.path.exists(page):
+        print(f"How the run went: {page}\n")
+
+
 # ---- In the place of training ----------------------------------------------------------------------------------------
 
 
@@ -174,6 +181,7 @@ def try_out(trainer: Any) -> None:
     report = trainer.check()
     if trainer.is_world_process_zero():
         print(f"\n{report}\n\nNothing was trained: this was a dry run.")
+        trainer._made_folders.remove_empty()
     trainer.accelerator.end_training()
 
 
@@ -237,4 +245,4 @@ def what_was_interrupted(trainer: Any) -> str:
     ]
     if not found:
         return f"{where}: no checkpoint was saved (--save_strategy), so the run has to begin anew."
-    return f"{where}: it goes on with --resume_from_checkpoint {found[0]}"
+    return f"{where}: the same command goes on with --resume_from_checkpoint {found[0]}"

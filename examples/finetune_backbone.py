@@ -23,7 +23,7 @@ from typing import Any
 
 import datasets
 import torch
-from command_line import CommandLine, Run, interruptible, refuse, try_out, verify
+from command_line import CommandLine, Run, interruptible, name_report, refuse, try_out, verify
 from datasets import ClassLabel, Dataset
 from image_data import (
     DIGITS,
@@ -551,6 +551,7 @@ def main(run: Run) -> None:
         print(f"\nThe soup is saved in {config.output_dir}. To use it:\n\n{use}")
         if backbone_arguments.merge:
             print(f"Merged into the backbone it is in {merged}:\n\n{how_to_use(merged)}")
+        name_report(config.output_dir)
     # A process group that is left to the interpreter's end may abort the process there (gloo in torch 2.15).
     trainer.accelerator.end_training()
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import datasets
 import torch
-from command_line import CommandLine, Run, interruptible, refuse, try_out, verify
+from command_line import CommandLine, Run, interruptible, name_report, refuse, try_out, verify
 from datasets import Dataset, DatasetDict
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -410,6 +410,7 @@ def main(run: Run) -> None:
         print(results_table(metrics))
         print(f"\nThe soup is saved in {config.output_dir}. Loaded with AutoModelForCausalLM, it says:\n")
         print(f"  {go_on(config.output_dir, script.prompt)}\n")
+        name_report(config.output_dir)
     # A process group that is left to the interpreter's end may abort the process there (gloo in torch 2.15).
     trainer.accelerator.end_training()
 

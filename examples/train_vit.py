@@ -23,7 +23,7 @@ from typing import Any
 import datasets
 import timm
 import torch
-from command_line import CommandLine, Run, interruptible, refuse, try_out, verify
+from command_line import CommandLine, Run, interruptible, name_report, refuse, try_out, verify
 from glyph_data import SIDE, is_glyphs
 from image_data import DIGITS, DataArguments, EvaluationView, ImageData, TrainingView, load_data
 from transformers import (
@@ -355,6 +355,7 @@ def main(run: Run) -> None:
             "  from transformers import pipeline\n"
             f'  pipeline("image-classification", model="{config.output_dir}")("your_image.png")\n'
         )
+        name_report(config.output_dir)
     # A process group that is left to the interpreter's end may abort the process there (gloo in torch 2.15).
     trainer.accelerator.end_training()
 

@@ -81,10 +81,14 @@ class MadeFolders:
         try:
             yield
         except BaseException:
-            with contextlib.suppress(OSError):  # the first that holds something, or is not there
-                for place in self._made:
-                    place.rmdir()
+            self.remove_empty()
             raise
+
+    def remove_empty(self) -> None:
+        """Remove those that are empty."""
+        with contextlib.suppress(OSError):  # the first that holds something, or is not there
+            for place in self._made:
+                place.rmdir()
 
 
 def leaves_no_empty_folder(method: Callable) -> Callable:

@@ -10,6 +10,7 @@ import pytest
 from transformers import TrainingArguments
 
 from hf_wash import PopulationArguments, WashConfig
+from hf_wash.trainer.run_folder import MadeFolders
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,11 @@ def stopped_at(step):
         ),
         (3, {"another": ["x"]}, "the run has to begin anew."),
         (7, {"this": ["run/checkpoint-6", "run/checkpoint-4"]}, "with --resume_from_checkpoint run/checkpoint-6"),
-        (10, {"this": ["run/checkpoint-10"]}, "interrupted after the last step, 10, before all was saved: it goes on"),
+        (
+            10,
+            {"this": ["run/checkpoint-10"]},
+            "interrupted after the last step, 10, before all was saved: the same command goes on",
+        ),
         (None, {}, "interrupted before training: nothing is lost."),
     ],
 )
@@ -76,3 +81,29 @@ def test_an_interrupted_run_says_in_a_line_where_it_was_and_how_it_goes_on(monke
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().err == ""
+
+
+def test_a_dry_run_leaves_no_folder_that_it_made(tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    folder = tmp_path / "there" / "new" / "run"
+    made = MadeFolders(folder)
+    folder.mkdir(parents=True)
+    ended = []
+    trainer = SimpleNamespace(
+        check=lambda: "the table",
+        is_world_process_zero=lambda: True,
+        accelerator=SimpleNamespace(end_training=lambda: ended.append(True)),
+        _made_folders=made,
+    )
+    command_line.try_out(trainer)
+    assert "the table" in capsys.readouterr().out and ended
+    assert (tmp_path / "there").exists() and not any((tmp_path / "there").iterdir())
+
+
+def test_a_report_that_is_there_is_named(tmp_path, capsys):
+    command_line.name_report(str(tmp_path))
+    assert capsys.readouterr().out == ""
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "index.html").touch()
+    command_line.name_report(str(tmp_path))
+    assert str(tmp_path / "report" / "index.html") in capsys.readouterr().out

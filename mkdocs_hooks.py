@@ -42,7 +42,8 @@ REFERENCE = {
     "mixing": (
         "Mixing",
         [f"hf_wash.mixing.{name}" for name in exported("hf_wash.mixing")]
-        + ["hf_wash.mixing.averaging.AveragingMixer"],
+        + ["hf_wash.mixing.averaging.AveragingMixer"]
+        + [f"hf_wash.methods.{name}" for name in ("add_method", "Method", "Times")],
     ),
     "soup": ("Soups", [f"hf_wash.soup.{name}" for name in exported("hf_wash.soup")]),
     "hub": ("Folders and the Hub", [f"hf_wash.hub.{name}" for name in exported("hf_wash.hub")]),

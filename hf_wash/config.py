@@ -21,14 +21,13 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from .methods import METHODS, OPTIONS, Times, foreign_option, times_of
+from .methods import METHODS, NAMES, OPTIONS, Times, foreign_option, times_of
 from .population import failures
 from .secret_options import without_secrets
 
 
 logger = logging.get_logger(__name__)
 
-MIXINGS = tuple(METHODS)
 SCHEDULES = ("decreasing", "constant", "increasing")
 MEMBER_DATA = ("full", "shard")
 SOUPS = ("uniform", "greedy")
@@ -140,7 +139,7 @@ class PopulationArguments:
             "help": "What happens to members after an optimizer step. They "
             + "; ".join(f"{method.does} ({name})" for name, method in METHODS.items())
             + ".",
-            "choices": list(MIXINGS),
+            "choices": NAMES,
         },
     )
     average_interval: int | None = field(
@@ -340,7 +339,7 @@ class PopulationArguments:
 
         if self.population_size is not None:
             whole("population_size", "a whole number of at least 1")
-        one_of("mixing", MIXINGS)
+        one_of("mixing", tuple(METHODS))
         if self.shuffle_probability is not None:
             number("shuffle_probability", "a probability between 0 and 1")
         one_of("shuffle_schedule", SCHEDULES)

@@ -1,12 +1,14 @@
 """
 What the members of a population can exchange, as one table: [`METHODS`], by the names that `mixing` takes. What each
-does to the members is in `mixing/`; how its mixer is made, in `trainer/mixing_run.py`. Knows no library.
+does to the members is in `mixing/`; how its mixer is made, in `trainer/mixing_run.py`. Knows no library. [`add_method`]
+makes a method of one's own one of them.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 # The options that not every method takes.
@@ -104,6 +106,9 @@ class Method:
         repaired (`bool`, *optional*, defaults to `False`): Whether activations are rescaled after an averaging.
         averages (`bool`, *optional*, defaults to `True`): Whether it averages. Such a method exchanges after the
             scheduler's step; the shuffle, as a part of the optimizer's.
+        interval (`int`, *optional*): Of a method that is added: the `average_interval` where none is given.
+        make (`Callable`, *optional*): Of a method that is added: what makes its mixer, on every process, of the list of local
+            members (modules), the arguments ([`PopulationArguments`]) and the run's [`Times`].
     """
 
     title: str
@@ -117,6 +122,8 @@ class Method:
     buffers: bool = False
     repaired: bool = False
     averages: bool = True
+    interval: int | None = None
+    make: Callable[[Sequence[Any], Any, "Times"], Any] | None = None
 
 
 METHODS = {
@@ -171,8 +178,43 @@ METHODS = {
     # Takes what a shuffle takes, so that a run can be made again with the exchange alone switched off.
     "independent": Method("no exchange", "exchange nothing", "exchanged nothing", SHUFFLE_OPTIONS, averages=False),
 }  # fmt: skip
+# The values of `mixing`, for a command line.
+NAMES = list(METHODS)
 # Of DiLoCo's outer optimizer.
 OUTER_MOMENTUM = 0.9
+
+
+def add_method(name: str, method: Method) -> None:
+    """
+    Make a method of one's own a value of `mixing`, in this process: to be called on every process, before arguments are
+    made. Options, checkpoints, records and cards then know it as they know those that are here.
+
+    Args:
+        name (`str`): The value of `mixing`.
+        method ([`Method`]): What it does, with `make`.
+
+    Raises:
+        ValueError: for a name that is taken or is none, and for a method that the Trainer cannot run.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"A method's name is of small letters, digits and underscores, and {name!r} is not.")
+    if name in METHODS and METHODS[name] != method:
+        raise ValueError(f"There is a method '{name}' already ({METHODS[name].title}): choose another name.")
+    if not callable(method.make):
+        raise ValueError(f"The method '{name}' has no `make`, which makes its mixer.")
+    foreign = [option for option in method.options if option not in ("average_interval", "average_rate")]
+    if foreign or "average_interval" not in method.options:
+        raise ValueError(
+            f"The `options` of the method '{name}' must be `average_interval`, with or without `average_rate`, and are "
+            f"{list(method.options)}."
+        )
+    if method.repaired:
+        raise ValueError(
+            f"The method '{name}' cannot be `repaired`: REPAIR is for the averages of this library alone."
+        )
+    METHODS[name] = method
+    if name not in NAMES:
+        NAMES.append(name)
 
 
 def foreign_option(mixing: str, name: str) -> str:
@@ -254,7 +296,10 @@ def times_of(mixing: str, interval: int | None, total_steps: int, steps_per_epoc
         # DART's schedule outside of domain generalisation is not released, where it is a tenth of the run: ours.
         # Local SGD: one epoch (E = 1), or the run if that is shorter.
         tenth = math.ceil(total_steps / 10)
-        interval = {"dart": tenth, "local_sgd": min(steps_per_epoch, total_steps), "diloco": 500}[mixing]
+        ours = {"dart": tenth, "local_sgd": min(steps_per_epoch, total_steps), "diloco": 500}
+        interval = ours.get(mixing, METHODS[mixing].interval)
+    if interval is None:
+        raise ValueError(f"`mixing='{mixing}'` has no interval of its own: set `average_interval`, in steps.")
     if interval > total_steps:
         raise ValueError(
             f"`mixing='{mixing}'` averages every {interval} steps unless `average_interval` is set, which is longer than "

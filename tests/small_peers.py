@@ -1,5 +1,9 @@
 """A model of three weights and a buffer, whose steps are a few multiplications: for the tests of what peers do in a run."""
 
+import re
+import textwrap
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -7,6 +11,7 @@ from hf_wash import MemberOverrides, WashConfig, WashTrainer
 
 
 EPOCH, LEARNING_RATE = 6, 0.1
+CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 PEERS = ("papa", "papa_all", "papa_2", "dart", "sparta", "local_sgd", "diloco")
 
 
@@ -66,3 +71,18 @@ def by_hand(exchange, size=3, steps=20):
             weight.sub_(rate * (own.x @ weight - own.y) * own.x)
         exchange(step, weights, buffers, 1 - step / steps)
     return weights, buffers
+
+
+def snippets():
+    """The blocks of Python on the page on contributing."""
+    found = re.findall(r"^ *```python\n(.*?)^ *```", CONTRIBUTING.read_text(), re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(block) for block in found]
+
+
+def add_the_pages_method():
+    """Makes the method that the page on contributing adds a value of `mixing`; returns what the page defines."""
+    mixer, _, added, _ = snippets()
+    names = {"__name__": "contributing"}
+    for block in (mixer, added):
+        exec(compile(block, CONTRIBUTING.name, "exec"), names)
+    return names

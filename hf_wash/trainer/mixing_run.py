@@ -45,7 +45,23 @@ def make_mixer(
         probability (`float`): The p of the run, for a method that has one.
         seed (`int`): Of what is drawn.
         times ([`Times`], *optional*): When members are averaged, for a method that averages whole models.
+
+    Raises:
+        ValueError: for a method that was added and makes something else than a mixer.
     """
+    make = METHODS[args.mixing].make
+    if make is not None:
+        assert times is not None  # `add_method` sees to that
+        mixer = make(wholes, args, times)
+        missing = [
+            name for name in ("mix", "state_dict", "load_state_dict") if not callable(getattr(mixer, name, None))
+        ]
+        if missing:
+            raise ValueError(
+                f"What `make` of the method '{args.mixing}' made, a {type(mixer).__name__}, is no mixer: it has no "
+                f"{' and no '.join(f'`{name}`' for name in missing)}."
+            )
+        return mixer
     if args.mixing == "sparta":
         return SpartaMixer(wholes, probability=probability, seed=seed)
     if times is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from small_peers import PEERS, tiny_trainer
+from small_peers import PEERS, add_the_pages_method, tiny_trainer
 from small_population import population, resnet, started
 
 
@@ -43,9 +43,10 @@ def main():
         if rank == 0:
             torch.save(result, place / f"{case}-on-{processes}.pt")
 
-    for mixing in PEERS:
+    add_the_pages_method()
+    for mixing in (*PEERS, "pull"):
         keep(mixing, tiny(place / f"{mixing}-{processes}", mixing))
-        if processes > 1 and mixing in ("papa", "sparta", "diloco"):  # after those on one
+        if processes > 1 and mixing in ("papa", "sparta", "diloco", "pull"):  # after those on one
             checkpoint = str(place / f"{mixing}-1" / "checkpoint-10")
             keep(f"{mixing}-resumed", tiny(place / f"{mixing}-later", mixing, resume=checkpoint))
     for mixing in ("papa_all", "papa_2"):

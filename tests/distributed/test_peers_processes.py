@@ -12,7 +12,7 @@ from small_peers import PEERS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
-RESUMED = ("papa", "sparta", "diloco")
+RESUMED = ("papa", "sparta", "diloco", "pull")
 SCRIPT = Path(__file__).parent / "peers_run.py"
 
 
@@ -41,7 +41,9 @@ def same(one, other, **tolerance):
             )
 
 
-@pytest.mark.parametrize("mixing", PEERS)
+@pytest.mark.parametrize(
+    "mixing", [*PEERS, "pull"]
+)  # the last is a user's own, added as the page on contributing says
 def test_on_two_processes_it_is_the_run_on_one(runs, mixing):
     same(read(runs, mixing, 1), read(runs, mixing, 2), rtol=2e-6, atol=5e-7)
 

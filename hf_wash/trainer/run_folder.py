@@ -72,8 +72,10 @@ class MadeFolders:
     """
 
     def __init__(self, folder: str | Path):
-        path = Path(os.path.abspath(folder))
-        self._made = [place for place in (path, *path.parents) if not place.exists()]
+        self._made: list[Path] = []
+        with contextlib.suppress(OSError, ValueError):  # a name that cannot be, which is refused elsewhere
+            path = Path(os.path.abspath(folder))
+            self._made = [place for place in (path, *path.parents) if not place.exists()]
 
     @contextlib.contextmanager
     def none_stays_empty(self) -> Iterator[None]:
@@ -86,7 +88,7 @@ class MadeFolders:
 
     def remove_empty(self) -> None:
         """Remove those that are empty."""
-        with contextlib.suppress(OSError):  # the first that holds something, or is not there
+        with contextlib.suppress(OSError, ValueError):  # the first that holds something, is not there, or cannot be
             for place in self._made:
                 place.rmdir()
 
@@ -96,6 +98,8 @@ def leaves_no_empty_folder(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def tidy(self, *args, **kwargs):
+        if self._replay is not None:  # which ends by an exception
+            return method(self, *args, **kwargs)
         with self._made_folders.none_stays_empty():
             return method(self, *args, **kwargs)
 

@@ -102,7 +102,10 @@ def test_what_is_wrong_is_said_in_one_line(sft, monkeypatch, tmp_path, flags, me
 
 
 def test_it_says_what_to_install_where_trl_is_missing(tmp_path):
-    blocked = f"import sys, runpy; sys.modules['trl'] = None; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    blocked = (
+        f"import sys, runpy; sys.modules['trl'] = None; sys.path.insert(0, {str(SCRIPT.parent)!r}); "
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    )
     run = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].endswith('TRL, which is missing: pip install "hf-wash[trl]".')

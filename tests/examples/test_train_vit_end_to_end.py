@@ -185,7 +185,7 @@ def test_a_checkpoint_is_verified_or_what_differs_is_named(run_here, tmp_path):
         printed = []
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(
-                sys.modules["train_vit"], "print", lambda *parts, to=printed: to.extend(parts), raising=False
+                sys.modules["command_line"], "print", lambda *parts, to=printed: to.extend(parts), raising=False
             )
             run_here(*kept, "--verify_checkpoint", str(run / "checkpoint-2"), "--push_to_hub")
         assert ended.value.code == code

@@ -229,7 +229,8 @@ def kept(*steps):
     def check(place, result):
         from hf_wash.trainer import checkpoint
 
-        found = sorted(path.name for path in (place / "run").iterdir() if not path.name.startswith("_running"))
+        # An empty folder that the run had made is gone.
+        found = sorted(path.name for path in (place / "run").glob("*") if not path.name.startswith("_running"))
         expected = [f"checkpoint-{step}" for step in steps]
         if found != expected:
             return f"the folder holds {found} instead of {expected}"

@@ -170,7 +170,7 @@ def name_report(folder: str) -> None:
     """A line on where the report of a run is, if it has one."""
     page = os.path.join(folder, "report", "index.html")
     if os.path.exists(page):
-        print(f"How the run went: {page}\n")
+        print(f"\nHow the run went: {page}")
 
 
 # ---- In the place of training ----------------------------------------------------------------------------------------

@@ -547,11 +547,11 @@ def main(run: Run) -> None:
                 f"\nThe soup averages A and B apart, which is off from the mean of the products by "
                 f"{metrics['lora_averaging_error']:.1%} of its norm."
             )
+        name_report(config.output_dir)
         use = how_to_use(config.output_dir, recipe.finetuned_from if adapter else None)
         print(f"\nThe soup is saved in {config.output_dir}. To use it:\n\n{use}")
         if backbone_arguments.merge:
             print(f"Merged into the backbone it is in {merged}:\n\n{how_to_use(merged)}")
-        name_report(config.output_dir)
     # A process group that is left to the interpreter's end may abort the process there (gloo in torch 2.15).
     trainer.accelerator.end_training()
 

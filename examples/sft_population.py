@@ -408,9 +408,9 @@ def main(run: Run) -> None:
     if trainer.is_world_process_zero():
         print(f"\n{trainer.population.size} members, mixing: {config.mixing}\n")
         print(results_table(metrics))
+        name_report(config.output_dir)
         print(f"\nThe soup is saved in {config.output_dir}. Loaded with AutoModelForCausalLM, it says:\n")
         print(f"  {go_on(config.output_dir, script.prompt)}\n")
-        name_report(config.output_dir)
     # A process group that is left to the interpreter's end may abort the process there (gloo in torch 2.15).
     trainer.accelerator.end_training()
 

@@ -350,12 +350,12 @@ def main(run: Run) -> None:
     if trainer.is_world_process_zero():
         print(f"\n{len(data.eval):,} held-out images of {data.name}, mixing: {config.mixing}\n")
         print(results_table(metrics))
+        name_report(config.output_dir)
         print(
             f"\nThe soup is saved in {config.output_dir}. To use it:\n\n"
             "  from transformers import pipeline\n"
             f'  pipeline("image-classification", model="{config.output_dir}")("your_image.png")\n'
         )
-        name_report(config.output_dir)
     # A process group that is left to the interpreter's end may abort the process there (gloo in torch 2.15).
     trainer.accelerator.end_training()
 

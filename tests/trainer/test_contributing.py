@@ -1,4 +1,4 @@
-"""The page on contributing: the mixer that it adds, step by step, runs in a loop and in the Trainer."""
+"""CONTRIBUTING.md: the mixer that it adds, step by step, runs in a loop and in the Trainer."""
 
 import dataclasses
 import textwrap

@@ -178,8 +178,6 @@ METHODS = {
     # Takes what a shuffle takes, so that a run can be made again with the exchange alone switched off.
     "independent": Method("no exchange", "exchange nothing", "exchanged nothing", SHUFFLE_OPTIONS, averages=False),
 }  # fmt: skip
-# The values of `mixing`, for a command line.
-NAMES = list(METHODS)
 # Of DiLoCo's outer optimizer.
 OUTER_MOMENTUM = 0.9
 
@@ -213,8 +211,6 @@ def add_method(name: str, method: Method) -> None:
             f"The method '{name}' cannot be `repaired`: REPAIR is for the averages of this library alone."
         )
     METHODS[name] = method
-    if name not in NAMES:
-        NAMES.append(name)
 
 
 def foreign_option(mixing: str, name: str) -> str:

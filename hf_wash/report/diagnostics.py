@@ -22,7 +22,8 @@ MEASUREMENTS_OF_A_RUN = 50
 class PopulationDiagnostics(TrainerCallback):
     """
     Logs, beside what every population logs, how far the members are apart layer by layer, how often they disagree, and on
-    request how high the barrier between them is, and what lies between three of them. For any Trainer made with [`PopulationMixin`].
+    request how high the barrier between them is, and what lies between three of them. For any Trainer made with
+    [`PopulationMixin`].
 
     What it logs goes where the Trainer's own lines go (`report_to`, `trainer_state.json`) but for the terminal, and into the
     report of the run:

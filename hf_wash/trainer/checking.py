@@ -23,6 +23,7 @@ from . import dry_run
 from .checkpoint import encode_streams
 from .dry_run import DryRun, Tried, stage
 from .member import Member, as_member
+from .mixing_run import expected_exchange
 from .part import Part
 from .run_folder import leaves_no_empty_folder
 from .served_soup import copy_unprepared
@@ -203,7 +204,7 @@ class Checking(Part):
         whole, first = population.wholes[0], found[0]
         trained = [p for p in whole.parameters() if p.requires_grad]
         probability = args.probability_for(first.steps)
-        values, exchanged = dry_run.expected_exchange(
+        values, exchanged = expected_exchange(
             args, whole, population.size, first.steps, first.steps_per_epoch, first.state[1:]
         )
         written, kept = dry_run.count_checkpoints(args, first.steps, first.steps_per_epoch)

@@ -26,8 +26,6 @@ from ..hub.kinds import kind_of
 from ..hub.traffic import others_send, size_of
 from ..hub.wording import bytes_text, short
 from ..methods import METHODS
-from ..mixing.agreement import averaged_buffers
-from ..mixing.schedule import expected_values_moved
 from ..population.streams import RandomStreams
 
 
@@ -353,48 +351,6 @@ def existing(folder: Path) -> Path:
 def free_bytes(folder: Path) -> int:
     """Bytes that are free where a folder is or would be."""
     return shutil.disk_usage(existing(folder)).free
-
-
-def expected_exchange(
-    args: Any,
-    whole: nn.Module,
-    members: int,
-    steps: int,
-    steps_per_epoch: int,
-    state: tuple[float, float],
-    probability: float | None = None,
-) -> tuple[float, float]:
-    """
-    Values, and their bytes, that members get from each other in a run, on average, as the mixers count them.
-
-    Args:
-        args ([`PopulationArguments`]): The options.
-        whole (`nn.Module`): All that learns of a member.
-        members (`int`), steps (`int`): How many, and how many optimizer steps each takes.
-        steps_per_epoch (`int`): Optimizer steps in an epoch.
-        state (`tuple[float, float]`): Values and bytes of the optimizer's state for each of the weights'.
-        probability (`float`, *optional*): The p of the run, if it is not the one that fits.
-
-    Raises:
-        ValueError: for an interval that does not fit into the run.
-    """
-    if args.mixing == "independent" or members == 1:
-        return 0.0, 0.0
-    trained = [p for p in whole.parameters() if p.requires_grad and p.is_floating_point()]
-    times = args.average_times(steps, steps_per_epoch)
-    if times is not None:
-        buffers = averaged_buffers(whole).values() if METHODS[args.mixing].buffers else ()
-        exchanges = members * times.count(steps)
-        return exchanges * sum(t.numel() for t in (*trained, *buffers)), exchanges * size_of([*trained, *buffers])
-    bytes_each = size_of(trained) / max(1, sum(p.numel() for p in trained))
-    probability = args.probability_for(steps) if probability is None else probability
-    if args.mixing == "sparta":
-        values = probability * sum(p.numel() for p in trained)
-    else:
-        values = expected_values_moved(whole, members, probability, args.shuffle_schedule)
-    values *= members * args.mixing_steps(steps)
-    with_state = state if args.shuffle_optimizer_state else (0.0, 0.0)
-    return values * (1 + with_state[0]), values * bytes_each * (1 + with_state[1])
 
 
 def mixer_bytes(args: Any, whole: nn.Module, members: int) -> int:

@@ -499,7 +499,7 @@ class PopulationMixin(
             # Trainer has added its own mean, whose rounding depends on the number of processes.
             self._total_loss_scalar = total
         if "train_loss" in logs:
-            logs.update(self._figures_of_before)
+            logs.update(self._figures_of_before or {})
         if "train_loss" in logs and self.soup.served:
             logs.update({f"member_{index}_left_out": 1 for index in self.soup.left_out})
         if self._evaluating and any(key.endswith("_runtime") for key in logs):
@@ -521,7 +521,7 @@ class PopulationMixin(
         result = super()._finalize_training(trial, num_train_samples * self.population.size, *args, **kwargs)
         if self._figures_of_before:
             result = result._replace(training_loss=self._figures_of_before.get("train_loss", result.training_loss))
-            self._figures_of_before = {}
+            self._figures_of_before = None
         if self.args.push_members:
             self.save_members()
         self._report_at_the_end()

@@ -8,10 +8,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..config import ENOUGH_SHUFFLES, LARGEST_FITTED_PROBABILITY, PopulationArguments
+from ..hub.traffic import size_of
 from ..hub.wording import bytes_text, short
 from ..methods import METHODS, OUTER_MOMENTUM, Times
 from ..mixing import (
@@ -22,8 +24,9 @@ from ..mixing import (
     SpartaMixer,
     WashMixer,
 )
+from ..mixing.agreement import averaged_buffers
+from ..mixing.schedule import expected_values_moved
 from ..population import Population
-from .dry_run import expected_exchange
 
 
 logger = logging.get_logger(__name__)
@@ -85,6 +88,48 @@ def make_mixer(
             wholes, interval=times.interval, first=times.first, last=times.last, seed=seed, buffers=buffers
         )
     return PeriodicAverageMixer(wholes, interval=times.interval, first=times.first, last=times.last, buffers=buffers)
+
+
+def expected_exchange(
+    args: Any,
+    whole: nn.Module,
+    members: int,
+    steps: int,
+    steps_per_epoch: int,
+    state: tuple[float, float],
+    probability: float | None = None,
+) -> tuple[float, float]:
+    """
+    Values, and their bytes, that members get from each other in a run, on average, as the mixers count them.
+
+    Args:
+        args ([`PopulationArguments`]): The options.
+        whole (`nn.Module`): All that learns of a member.
+        members (`int`), steps (`int`): How many, and how many optimizer steps each takes.
+        steps_per_epoch (`int`): Optimizer steps in an epoch.
+        state (`tuple[float, float]`): Values and bytes of the optimizer's state for each of the weights'.
+        probability (`float`, *optional*): The p of the run, if it is not the one that fits.
+
+    Raises:
+        ValueError: for an interval that does not fit into the run.
+    """
+    if args.mixing == "independent" or members == 1:
+        return 0.0, 0.0
+    trained = [p for p in whole.parameters() if p.requires_grad and p.is_floating_point()]
+    times = args.average_times(steps, steps_per_epoch)
+    if times is not None:
+        buffers = averaged_buffers(whole).values() if METHODS[args.mixing].buffers else ()
+        exchanges = members * times.count(steps)
+        return exchanges * sum(t.numel() for t in (*trained, *buffers)), exchanges * size_of([*trained, *buffers])
+    bytes_each = size_of(trained) / max(1, sum(p.numel() for p in trained))
+    probability = args.probability_for(steps) if probability is None else probability
+    if args.mixing == "sparta":
+        values = probability * sum(p.numel() for p in trained)
+    else:
+        values = expected_values_moved(whole, members, probability, args.shuffle_schedule)
+    values *= members * args.mixing_steps(steps)
+    with_state = state if args.shuffle_optimizer_state else (0.0, 0.0)
+    return values * (1 + with_state[0]), values * bytes_each * (1 + with_state[1])
 
 
 class MixingRun:
@@ -180,8 +225,7 @@ class MixingRun:
         logger.warning(
             f"A first-layer weight will be shuffled about {expected:.1f} times in this run of {self._total_steps} "
             f"steps (p = {self.probability:g}). In our small studies (docs/choosing_p.md) {ENOUGH_SHUFFLES} served, and at "
-            f"about 7 members and soup were worse than a single model; in between next to nothing was tried. For "
-            f"{ENOUGH_SHUFFLES}: {advice}."
+            f"about 10 members and soup were worse than a single model. For {ENOUGH_SHUFFLES}: {advice}."
         )
 
     def mix(self, step: int) -> None:

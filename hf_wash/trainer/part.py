@@ -40,7 +40,7 @@ class Part(Trainer):
     # The identity of the run: made when it begins, kept when it goes on.
     _run: str | None = None
     # What the training of a run that was finished already came to, as it was written down then.
-    _figures_of_before: dict[str, float] = {}  # noqa: RUF012 # replaced, never changed
+    _figures_of_before: dict[str, float] | None = None
     _made_folders: MadeFolders
     _trainings: int
     _total_steps: int

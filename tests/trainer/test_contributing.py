@@ -20,11 +20,10 @@ MIXER, LOOP, _, MAKING = snippets()
 @pytest.fixture
 def forgotten():
     """Methods that a test adds are none afterwards."""
-    known, listed = dict(methods.METHODS), list(methods.NAMES)
+    known = dict(methods.METHODS)
     yield
     methods.METHODS.clear()
     methods.METHODS.update(known)
-    methods.NAMES[:] = listed
 
 
 @pytest.fixture

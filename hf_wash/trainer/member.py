@@ -7,7 +7,6 @@ What a member trains on lies in `data`, how members exchange weights in `mixing_
 
 import contextlib
 import copy
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -98,10 +97,11 @@ class MemberAccelerator:
         )
 
 
-@functools.cache
 def _of_one_process(arguments_class: type) -> type:
-    """The class of a member's arguments: its own processes are one, and that one writes its files."""
-
+    """
+    The class of a member's arguments: its own processes are one, and that one writes its files. Made anew for each: a
+    cache would hold a class that was made in a function, or in a notebook's cell, with all that lives there.
+    """
     own = {"process_index": 0, "local_process_index": 0, "world_size": 1, "should_save": True}
     return type(arguments_class.__name__, (arguments_class,), {**own, "_pickled_as": arguments_class})
 
@@ -115,7 +115,7 @@ def arguments_of_member(args: TrainingArguments, **own: Any) -> Any:
         **own: What is the member's own: its seed, its rates.
     """
     copied = copy.copy(args)
-    copied.__class__ = _of_one_process(type(args))  # type: ignore[arg-type] # a class is hashable
+    copied.__class__ = _of_one_process(type(args))
     vars(copied).update(own)
     return copied
 

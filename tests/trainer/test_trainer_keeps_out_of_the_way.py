@@ -1,5 +1,8 @@
 """What a user's own Trainer, callbacks, optimizers and data may do to a population, and still be right."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from small_population import TEST, TRAIN, StopAt, accuracy, digest, options, population, started, vit
@@ -229,3 +232,19 @@ def test_a_token_count_is_one_members(tmp_path):
     for trainer in counted:
         trainer.train()
     assert history(counted[0])[0]["num_input_tokens_seen"] == history(counted[1])[0]["num_input_tokens_seen"] > 0
+
+
+def test_a_trainer_that_is_dropped_is_freed_with_all_it_held(tmp_path):
+    # Of classes that are made in a function, as in a notebook's cell: what holds a class holds where it was made.
+    def train():
+        class LocalConfig(WashConfig):
+            pass
+
+        args = LocalConfig(**options(tmp_path, population_size=2, max_steps=2, eval_strategy="no"))
+        trainer = WashTrainer(started(), args, train_dataset=TRAIN)
+        trainer.train()
+        return [weakref.ref(held) for held in (LocalConfig, trainer, *trainer.population.members)]
+
+    freed = train()
+    gc.collect()
+    assert [ref() for ref in freed] == [None] * 4

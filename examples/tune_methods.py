@@ -22,6 +22,7 @@ from compare_methods import SettingArguments, begin, run_all
 from comparison.cell import Cell
 from comparison.methods import BUDGETS, FREE, METHODS, describe, for_budget, label, trials
 from comparison.record import RESULTS, cells_for, record, save
+from torch import nn
 from transformers.utils import logging
 
 
@@ -49,6 +50,43 @@ class TuneArguments:
                 raise ValueError(f"--methods {name}: there is nothing to tune. There is in: {', '.join(TUNABLE)}.")
         if self.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, found {self.seeds}.")
+
+
+def rows_of_trials(
+    names: list[str], budgets: list[float], size: int, steps: int, steps_per_epoch: int, model: nn.Module
+) -> tuple[list[tuple[str, str, dict[str, Any], int]], list[str]]:
+    """
+    All trials, in the order in which they are made.
+
+    Args:
+        names (`list[str]`): The methods.
+        budgets (`list[float]`): Model copies for each member and step.
+        size (`int`): Members, N.
+        steps, steps_per_epoch (`int`), model (`nn.Module`): What is trained, and how long.
+
+    Returns:
+        `tuple[list, list[str]]`: (label, method, options, steps) of each, labelled with its row, a dot and a number; and
+        which are left out, since the method cannot send so many bytes with them, in a sentence each.
+    """
+    found: list[tuple[str, str, dict[str, Any], int]] = []
+    left_out = []
+
+    def add(name: str, kind: str, options: dict[str, Any]) -> None:
+        number = 1 + sum(row.rpartition(".")[0] == label(name, kind) for row, *_ in found)
+        found.append((f"{label(name, kind)}.{number}", name, {**METHODS[name].options, **options}, steps))
+
+    for name in names:
+        for options in trials(name, steps):
+            add(name, "tuned", options)
+    for budget in budgets:
+        for name in (name for name in names if name in FREE):
+            for free in FREE[name]:
+                try:
+                    add(name, f"{budget:g}", for_budget(name, budget, model, size, steps, steps_per_epoch, free))
+                except ValueError as error:
+                    trial = describe({**METHODS[name].options, **free})
+                    left_out.append(f"{label(name, f'{budget:g}')} {trial}: {error}")
+    return found, left_out
 
 
 def chosen_of(results: list[dict[str, Any]], cells: list[Cell]) -> dict[str, dict[str, Any]]:
@@ -90,16 +128,11 @@ def main(arguments: list[str] | None = None) -> int:
     given, wanted = parser.parse_args_into_dataclasses(args=arguments)
     setting = given.setting().but(hold_out=HELD_OUT, evaluate_on="held_out")
     runner, steps, model, steps_per_epoch = begin(given, setting, "tune")
-    tried = [(name, "tuned", options) for name in wanted.methods for options in trials(name, steps)]
-    for budget in wanted.budgets:
-        for name in (name for name in wanted.methods if name in FREE):
-            for free in FREE[name]:
-                options = for_budget(name, budget, model, setting.population_size, steps, steps_per_epoch, free)
-                tried.append((name, f"{budget:g}", options))
-    rows = []
-    for name, kind, options in tried:
-        number = 1 + sum(row[0].rpartition(".")[0] == label(name, kind) for row in rows)
-        rows.append((f"{label(name, kind)}.{number}", name, {**METHODS[name].options, **options}, steps))
+    rows, left_out = rows_of_trials(
+        wanted.methods, wanted.budgets, setting.population_size, steps, steps_per_epoch, model
+    )
+    for reason in left_out:
+        print(f"Left out: {reason}")
     cells = cells_for(rows, wanted.seeds, setting)
     results, code = run_all(runner, cells, given)
     if not results:

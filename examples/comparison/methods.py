@@ -57,7 +57,7 @@ METHODS = {
 # What is tuned at a given number of bytes, where bytes leave something free; the first is taken where nothing was tuned.
 # From a study on other glyphs, of before this comparison (docs/choosing_p.md).
 FREE = {
-    "wash": [{"shuffle_stop": 0.75}, {"shuffle_stop": 1.0}, {"shuffle_stop": 0.5}],
+    "wash": [{"shuffle_stop": 0.75}, {"shuffle_stop": 1.0}, {"shuffle_stop": 0.6}],
     "papa": [{"average_rate": 0.5}, {"average_rate": 0.9}, {"average_rate": 0.0}],
     "diloco": [{"average_rate": 0.7}, {"average_rate": 0.4}, {"average_rate": 1.0}],
 }

@@ -1,5 +1,6 @@
 """`examples/compare_methods.py` and what it is made of: cells that resume, tables and picture, choices, the page."""
 
+import collections
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from comparison import tables
 from comparison.cell import Cell, run
 from comparison.data import Collator, held_out_indices, prepare
 from comparison.measure import hits
-from comparison.methods import for_budget, rows, trials
+from comparison.methods import BUDGETS, for_budget, rows, trials
 from comparison.models import make_model
 from comparison.page import page
 from comparison.record import RESULTS
@@ -331,6 +332,20 @@ def test_every_method_is_tuned_with_equal_effort():
         assert len({str(options) for options in trials(name, 700)}) == 6
     with pytest.raises(ValueError, match="nothing to tune in 'plain'"):
         trials("plain", 700)
+
+
+def test_the_free_settings_of_each_budget_are_tuned_with_equal_effort(model):
+    found, left_out = tune_methods.rows_of_trials(tune_methods.TUNABLE, list(BUDGETS), 3, 700, 61, model)
+    tried = collections.Counter(row.rpartition(".")[0] for row, *_ in found)
+    assert not left_out and len({row for row, *_ in found}) == len(found)
+    assert {row: n for row, n in tried.items() if "@" in row} == {
+        f"{name}@{budget:g}": 3 for name in ("wash", "papa", "diloco") for budget in BUDGETS
+    }
+    # Of two members fewer weights move, and what cannot send so many is left out.
+    found, left_out = tune_methods.rows_of_trials(["wash"], [0.1], 2, 700, 61, model)
+    assert len(found) + len(left_out) == 9
+    assert all("WASH sends at most" in reason for reason in left_out)
+    assert left_out[-1].startswith("wash@0.1 until 60%: WASH sends at most 0.07")
 
 
 def test_rows_that_cannot_be_are_left_out_with_the_reason(model):

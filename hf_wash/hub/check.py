@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from ..progress import bar_of
 from .example import CannotCheck, as_inputs, guess_example, in_float
 from .exported_weights import WRAPPER_PREFIX, complete_weights, copy_on_cpu, weights_for_timm
 from .isolation import quiet, seed_everything, undisturbed
@@ -24,6 +25,7 @@ def check_export(
     processing_class: Any = None,
     example: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
     tolerance: float = 1e-5,
+    progress: bool = False,
 ) -> dict[str, float]:
     """
     Loads an exported folder with every loader that should take it and compares outputs with the model's own.
@@ -49,6 +51,8 @@ def check_export(
             that say what they take.
         tolerance (`float`, *optional*, defaults to 1e-5):
             The largest difference of two values, relative to the largest value where that is above one.
+        progress (`bool`, *optional*, defaults to `False`):
+            Show a bar where it takes longer than two seconds.
 
     Returns:
         `dict[str, float]`: the largest difference that each loader showed. The names are `safetensors`,
@@ -64,17 +68,27 @@ def check_export(
     folder = Path(folder)
     kind = kind_of(model)
     weights = complete_weights(model, kind, state_dict)
-    with undisturbed(), quiet(), torch.no_grad():
+    with (
+        undisturbed(),
+        quiet(),
+        torch.no_grad(),
+        bar_of("loading the export back", total=5 if kind == "timm" else 4, quiet=not progress) as bar,
+    ):
         check = _Check(folder, model, kind, weights, guess_example(model) if example is None else example, tolerance)
+        bar.update()
         check.safetensors()
+        bar.update()
         if kind == "peft":
             check.peft()
         else:
             check.transformers()
+        bar.update()
         if kind == "timm":
             check.timm()
+            bar.update()
         if kind != "peft" and is_image_classifier(model) and check.takes_rgb_images():
             check.pipeline(processing_class)
+        bar.update()
     return check.differences
 
 

@@ -22,6 +22,7 @@ from .. import __version__
 from ..architecture import describe_architecture, first_difference
 from ..population import MemberOverrides, copy_member
 from ..population.examples import appearance
+from ..progress import bar_of
 from . import checkpoint as checkpoints
 from . import options
 from .log import MemberLog
@@ -176,17 +177,28 @@ class Checkpointing(Part):
             self._state_with_callbacks().save_to_json(str(staging / "trainer_state.json"))
             if not self.args.save_only_model:
                 checkpoints.write_mixer(staging, self.mixing.mixer_state())
+            bar.update()
             return self._shared_frozen(self.population.wholes[0])
 
-        checkpoints.write(
-            self.population,
-            folder,
-            node=self._node(),
-            leads=self.args.should_save,
-            write_soup=write_soup,
-            member_part=self._member_part,
-            describe=self._manifest,
-        )
+        def describe() -> dict[str, Any]:
+            bar.update()
+            return self._manifest()
+
+        def member_part(slot: int, index: int) -> tuple:
+            if slot:  # the one before is written
+                bar.update()
+            return self._member_part(slot, index)
+
+        with bar_of(f"writing {folder.name}", 1 + len(self.population.indices), self._quiet) as bar:
+            checkpoints.write(
+                self.population,
+                folder,
+                node=self._node(),
+                leads=self.args.should_save,
+                write_soup=write_soup,
+                member_part=member_part,
+                describe=describe,
+            )
 
     def _member_part(self, slot: int, index: int) -> tuple:
         """What is a member's own: its tensors and, to resume from, its part of the training's state and its streams."""

@@ -30,6 +30,7 @@ from ..hub.push import LOCAL_MEMBERS
 from ..population import MemberOverrides, copy_member
 from ..population.agreement import check_agreement
 from ..population.failures import known_to_all
+from ..progress import bar_of
 from . import refusals
 from .agreeing import Agreeing
 from .checking import Checking
@@ -570,14 +571,15 @@ class PopulationMixin(
                 if path.name not in kept:
                     logger.warning(f"`{path}` is removed: it is not of this population.")
                     shutil.rmtree(path)
-            for member in self.members:
-                if member.index in left_out:
-                    continue
-                place = os.path.join(folder, f"member_{member.index}")
-                with as_member(self, member):
-                    self._save(place)
-                # What is said once, at the root.
-                Path(place, "training_args.bin").unlink(missing_ok=True)
+            own = [member for member in self.members if member.index not in left_out]
+            with bar_of("saving the members", len(own), self._quiet) as bar:
+                for member in own:
+                    place = os.path.join(folder, f"member_{member.index}")
+                    with as_member(self, member):
+                        self._save(place)
+                    # What is said once, at the root.
+                    Path(place, "training_args.bin").unlink(missing_ok=True)
+                    bar.update()
             self.population.gather_processes(None)
 
     def _check_export_folder(self) -> None:

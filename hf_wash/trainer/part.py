@@ -76,6 +76,11 @@ class Part(Trainer):
         return self.soup.greedy
 
     @property
+    def _quiet(self) -> bool:
+        """Whether this process shows no progress bars."""
+        return self.args.disable_tqdm or self.population.rank > 0
+
+    @property
     def _log(self) -> MemberLog:
         return _begun(self._member_log)
 

@@ -188,7 +188,7 @@ class Replaying(Part):
     def _replay_to(self, folder: Path, manifest: dict[str, Any], start: str | None) -> Difference | None:
         """*Collective.* Train, and compare; the first difference of the moments at which a checkpoint may be written."""
         began = checkpoints.read_manifest(start)["step"] if start is not None else 0
-        until = Until(manifest["step"], began, quiet=self.args.disable_tqdm or self.population.rank > 0)
+        until = Until(manifest["step"], began, quiet=self._quiet)
         self._replay = {
             "folder": folder,
             "manifest": manifest,

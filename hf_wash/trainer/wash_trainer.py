@@ -130,7 +130,13 @@ class WashTrainer(PopulationMixin, Trainer):
         self.soup.is_checked = True
         folder = output_dir if output_dir is not None else self.args.output_dir
         try:
-            check_export(folder, model, processing_class=self.processing_class, example=self._example)
+            check_export(
+                folder,
+                model,
+                processing_class=self.processing_class,
+                example=self._example,
+                progress=not self._quiet,
+            )
         except (RuntimeError, ValueError) as problem:
             logger.warning(f"The soup is saved, but its folder could not be shown to load everywhere: {problem}")
 

@@ -60,6 +60,22 @@ def test_a_folder_is_reported_on_and_measured_where_images_are_named(run, photos
     assert command(folder) == 0 and 'id="lines"' in (folder / "report/index.html").read_text()
 
 
+@pytest.mark.parametrize("kind", ["vit", "timm"])
+def test_the_plane_through_three_saved_members_is_looked_at(kind, photos, tmp_path):
+    tiny_runs.finished_run(tmp_path / "run", kind, population_size=3)
+    training = ["--train-data", photos] if kind == "timm" else []  # it has BatchNorm
+    assert command(tmp_path / "run", "--eval-data", photos, "--plane", *training) == 0
+    found = json.loads((tmp_path / "run/report/measurements.json").read_text())
+    plane = found["plane"]
+    assert [len(row) for row in plane["loss"]] == [9] * 9
+    assert all(isinstance(loss, float) for row in plane["loss"] for loss in row)
+    corners = [plane["places"][f"member {i}"] for i in range(3)]
+    assert plane["places"]["soup"] == pytest.approx([sum(axis) / 3 for axis in zip(*corners, strict=True)], rel=1e-3)
+    assert plane["soup_away"] == pytest.approx(0, abs=1e-3)
+    page = (tmp_path / "run/report/index.html").read_text()
+    assert 'id="plane"' in page and (tmp_path / "run/report/plane-dark.png").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

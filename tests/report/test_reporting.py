@@ -115,13 +115,18 @@ def test_members_of_different_origins_have_a_barrier(tmp_path):
 
 
 def test_batch_norm_is_re_estimated_on_the_lines_and_members_keep_theirs(tmp_path):
-    trainer = population(tmp_path, small.started(small.resnet), size=2, report=True, trainer={})
+    diagnostics = PopulationDiagnostics(4, plane=True)
+    trainer = population(
+        tmp_path, small.started(small.resnet), size=3, report=True, trainer={"callbacks": [diagnostics]}
+    )
     trainer.train()
     before = [{k: v.clone() for k, v in member.named_buffers()} for member in trainer.population.members]
     found = survey_of(tmp_path)
     assert found["batch_norm"] == "re-estimated at every point of a line on the same 8 training batches of 16 examples"
     assert "re-estimated at every point" in (tmp_path / "report/index.html").read_text()
-    trainer._survey()
+    # At every point of the plane, too: beside its corners variances would else be below zero, and the loss no number.
+    assert all(isinstance(loss, float) for row in found["plane"]["loss"] for loss in row)
+    trainer._survey(plane=True)
     for member, buffers in zip(trainer.population.members, before, strict=True):
         assert all(torch.equal(value, buffers[name]) for name, value in member.named_buffers())
 

@@ -8,6 +8,8 @@ from torch import nn
 
 
 SAMPLED_COORDINATES = 16_384
+# Numbers that are worked on at a time: 2 MiB in float64, which a processor's cache holds.
+BLOCK = 2**18
 
 
 class ConsensusSample:
@@ -60,10 +62,16 @@ class ConsensusSample:
 
 @torch.no_grad()
 def squared_distance(model: nn.Module, center: nn.Module) -> float:
-    """‖θ − θ̄‖² over the trainable parameters, in float64, summed parameter by parameter."""
+    """‖θ − θ̄‖² over the trainable parameters, in float64, summed parameter by parameter, each in blocks."""
     total = 0.0
     centers = dict(center.named_parameters())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            total += float((parameter.detach().double() - centers[name].detach().double()).square().sum())
+            own, theirs = (tensor.detach().reshape(-1).split(BLOCK) for tensor in (parameter, centers[name]))
+            total += float(sum(_squared_distance(*blocks) for blocks in zip(own, theirs, strict=True)))
     return total
+
+
+def _squared_distance(own: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    difference = own.double() - theirs.double()
+    return torch.dot(difference, difference)

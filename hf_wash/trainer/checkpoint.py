@@ -35,6 +35,7 @@ from .manifest import (
     read_manifest,
     runs_in,
     seal,
+    sync,
     verify,
 )
 
@@ -58,21 +59,26 @@ def staging_folder(folder: str | Path) -> Path:
 
 
 class _Records:
-    """[`file_record`] of files, made in threads while the next ones are written: neither hashing nor syncing needs Python."""
+    """
+    [`file_record`] of files, made in threads while the next ones are written: neither hashing nor syncing needs Python, and
+    the processor hashes while the disk is waited for.
+    """
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._threads = ThreadPoolExecutor(max_workers=4)
-        self._records: dict[str, Future] = {}
+        self._records: dict[str, tuple[Future, Future]] = {}
 
-    def add(self, files: Iterable[Path]) -> None:
-        for path in files:
-            self._records[path.relative_to(self._folder).as_posix()] = self._threads.submit(file_record, path)
+    def add(self, path: Path) -> None:
+        hashed, synced = self._threads.submit(file_record, path), self._threads.submit(sync, path)
+        self._records[path.relative_to(self._folder).as_posix()] = hashed, synced
 
     def collect(self) -> dict[str, dict[str, Any]]:
-        """The records by the files' paths inside the folder, once all are there."""
+        """The records by the files' paths inside the folder, once all files are on the disk."""
         with self._threads:
-            return {name: record.result() for name, record in sorted(self._records.items())}
+            for _, synced in self._records.values():
+                synced.result()
+            return {name: hashed.result() for name, (hashed, _) in sorted(self._records.items())}
 
 
 def write(
@@ -121,10 +127,11 @@ def write(
             if shared:
                 save_file(shared, staging / FROZEN, metadata={"format": "pt"})
             # Other processes write their members meanwhile.
-            own = [path for path in staging.rglob("*") if path.is_file() and not _is_of_a_member(path, staging)]
-            records.add(own)
+            for path in staging.rglob("*"):
+                if path.is_file() and not _is_of_a_member(path, staging):
+                    records.add(path)
         for slot, index in enumerate(population.indices):
-            records.add(write_member(staging / f"member_{index}", *member_part(slot, index)))
+            write_member(staging / f"member_{index}", *member_part(slot, index), written=records.add)
         return node, list(population.indices), records.collect()
 
     population.do_together(what, begin, clean_up)
@@ -217,8 +224,12 @@ def write_mixer(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def write_member(
-    folder: Path, weights: dict[str, torch.Tensor], training: Mapping[str, Any] | None, streams: Any = None
-) -> list[Path]:
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    training: Mapping[str, Any] | None,
+    streams: Any = None,
+    written: Callable[[Path], None] = lambda path: None,
+) -> None:
     """
     Write one member's part of a checkpoint.
 
@@ -227,18 +238,17 @@ def write_member(
         weights (`dict[str, torch.Tensor]`): From [`own_tensors`].
         training (`Mapping`, *optional*): Optimizer, scheduler and scaler states: tensors, numbers and containers.
         streams (*optional*): Random states, from [`encode_streams`].
-
-    Returns:
-        `list[Path]`: The files.
+        written (`Callable`, *optional*): Called with each file when it is whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / MEMBER_WEIGHTS]
-    save_file(weights, files[0], metadata={"format": "pt"})
+    # The largest first: what is done with it takes longest.
     if training is not None:
         _save_state(training, folder / OPTIMIZER)
+        written(folder / OPTIMIZER)
         (folder / STREAMS).write_text(json.dumps(streams), encoding="utf-8")
-        files += [folder / OPTIMIZER, folder / STREAMS]
-    return files
+        written(folder / STREAMS)
+    save_file(weights, folder / MEMBER_WEIGHTS, metadata={"format": "pt"})
+    written(folder / MEMBER_WEIGHTS)
 
 
 # ---- Reading -------------------------------------------------------------------------------------------------------

@@ -56,10 +56,14 @@ def _digest_of(text: str) -> str:
 
 
 def file_record(path: Path) -> dict[str, Any]:
-    """A file's size in bytes and SHA-256, after making sure that it is on the disk."""
+    """A file's size in bytes and SHA-256."""
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def sync(path: Path) -> None:
+    """Make sure that a file is on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
 # ---- Reading -------------------------------------------------------------------------------------------------------

@@ -145,7 +145,9 @@ class ServedSoup:
             weights, record = greedy_soup([population.weights_of(index, shared) for index in kept], held_out)
             self.greedy = _of_the_population(record, kept, population.size)
         else:
-            weights = uniform_soup(population.state_dicts(exclude=shared, indices=kept))
+            members = population.state_dicts(exclude=shared, indices=kept)
+            # Where all live here nothing is overwritten by the next one, and a list is averaged block by block.
+            weights = uniform_soup(list(members) if population.world_size == 1 else members)
         load(weights)
         distances = population.gather([squared_distance(member, whole) for member in population.wholes])
         self.consensus_distance = math.sqrt(sum(distances[index] for index in kept) / len(kept))

@@ -87,7 +87,8 @@ def set_up(kept: dict[str, Any]) -> str:
 
 def provenance(kept: dict[str, Any]) -> str:
     """How a record came about."""
-    return f"Commit {kept['commit']}; {kept['machine']}:\n\n```\n{kept['command']}\n```"
+    word = "Commits" if ", " in kept["commit"] else "Commit"
+    return f"{word} {kept['commit']}; {kept['machine']}:\n\n```\n{kept['command']}\n```"
 
 
 def claims(rows: dict[str, Row]) -> list[str]:

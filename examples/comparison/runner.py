@@ -19,6 +19,7 @@ from hf_wash.files import write_whole
 from .cell import Cell, work_on
 from .methods import place_of
 from .models import make_model
+from .record import commit
 from .setting import Setting
 
 
@@ -204,7 +205,7 @@ class Runner:
         folder = self.folder / cell.name
         folder.mkdir(exist_ok=True)
         write_whole(folder / "cell.json", json.dumps(cell.as_dict()).encode())
-        arguments = (cell.as_dict(), str(folder), str(self._result(cell)), str(self.folder.parent))
+        arguments = (cell.as_dict(), str(folder), str(self._result(cell)), str(self.folder.parent), commit())
         process = self._processes.Process(target=work_on, args=arguments)
         process.start()
         one = Running(cell, process, folder)

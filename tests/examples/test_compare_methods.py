@@ -21,7 +21,7 @@ from comparison.measure import hits
 from comparison.methods import BUDGETS, for_budget, rows, trials
 from comparison.models import make_model
 from comparison.page import page
-from comparison.record import RESULTS
+from comparison.record import RESULTS, commit
 from comparison.runner import Runner, processes
 from comparison.setting import PRESETS, Setting
 from PIL import Image as PilImage
@@ -141,6 +141,8 @@ def test_another_call_with_other_methods_adds_to_the_tables(compared, tmp_path, 
     spec["setting"]["width"] += 1
     (folder / "cells" / "plain-once-seed1" / "cell.json").write_text(json.dumps(spec))
     (folder / "cells" / "plain-N-times-seed1.json").unlink()
+    earlier = folder / "cells" / "plain-N-times-seed0.json"
+    earlier.write_text(json.dumps({**json.loads(earlier.read_text()), "commit": "0000000"}))
     other = [*arguments[:2], "--methods", "wash", *arguments[5:]]
     other[other.index("--output_dir") + 1] = str(folder)
     assert compare_methods.main([*other, "--seeds", "1"]) == 0
@@ -149,6 +151,7 @@ def test_another_call_with_other_methods_adds_to_the_tables(compared, tmp_path, 
         ("wash@0.02", 0), ("plain-N-times", 0), ("plain-once", 0), ("wash@0.02", 1),
     ]  # fmt: skip
     assert kept["command"].endswith("# and earlier calls with other rows or seeds")
+    assert kept["commit"] == f"{commit()}, 0000000" and "commit" not in kept["cells"][0]
     assert "one model, 2 × the steps" in (folder / "table.md").read_text()
     said = capsys.readouterr().out
     assert (

@@ -12,9 +12,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from hf_wash import PopulationArguments
 from hf_wash.trainer.manifest import runs_in
@@ -176,6 +178,57 @@ def name_report(folder: str) -> None:
 # ---- In the place of training ----------------------------------------------------------------------------------------
 
 
+@dataclass
+class InsteadOfTraining:
+    """The flags for it. Stands in front of a configuration, which these scripts otherwise leave as it is."""
+
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Try everything out, say what the run would cost, and stop: data, labels, the loss of a batch, saving "
+            "the untrained model and loading it back, disk space for the checkpoints. Nothing is trained or uploaded."
+        },
+    )
+    verify_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint of a run with the same flags: train once more from the checkpoint before it, or from the "
+            "beginning, compare all weights, optimizer states and random streams bit by bit, and stop. Says `identical` "
+            "(exit code 0) or what differs first (exit code 1). Nothing is saved or uploaded."
+        },
+    )
+
+    if TYPE_CHECKING:
+        # What it stands in front of has.
+        resume_from_checkpoint: ClassVar[str | None]
+        device: ClassVar[Any]
+
+    def __post_init__(self):
+        if self.dry_run and self.resume_from_checkpoint:
+            raise ValueError("--dry_run tries out a run from its beginning; leave --resume_from_checkpoint out.")
+        if self.verify_checkpoint and (self.dry_run or self.resume_from_checkpoint):
+            raise ValueError(
+                "--verify_checkpoint trains nothing new; leave --dry_run and --resume_from_checkpoint out."
+            )
+        if self.dry_run or self.verify_checkpoint:
+            # Pushing would make a repository before anything is tried.
+            self.push_to_hub = False
+        super().__post_init__()  # type: ignore[misc] # the configuration's
+        if self.device.type == "cpu":
+            # Pinning is for copies to an accelerator; without one torch warns at every loader.
+            self.dataloader_pin_memory = False
+
+
+def done_instead(trainer: Any) -> bool:
+    """Do what is asked for in the place of training, if anything is."""
+    if trainer.args.dry_run:
+        try_out(trainer)
+        return True
+    if trainer.args.verify_checkpoint:
+        verify(trainer)
+    return False
+
+
 def try_out(trainer: Any) -> None:
     """What `--dry_run` does in the place of training."""
     report = trainer.check()
@@ -192,6 +245,20 @@ def verify(trainer: Any) -> NoReturn:
         print(f"\n{replay}")
     trainer.accelerator.end_training()
     sys.exit(0 if replay.identical else 1)
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+
+def trained(trainer: Any) -> TrainOutput:
+    """Train, from the checkpoint that was named, if one was. What is wrong with the input ends the script with a line."""
+    try:
+        return trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    except ValueError as error:
+        if trainer.state.global_step > 0:
+            raise
+        # Before the first step it is still the input that is wrong: no such checkpoint, say.
+        refuse(error)
 
 
 # ---- Interruptions ---------------------------------------------------------------------------------------------------
@@ -246,3 +313,13 @@ def what_was_interrupted(trainer: Any) -> str:
     if not found:
         return f"{where}: no checkpoint was saved (--save_strategy), so the run has to begin anew."
     return f"{where}: the same command goes on with --resume_from_checkpoint {found[0]}"
+
+
+def exits(main: Callable[[], int]) -> NoReturn:
+    """Run the `main` of a script of many runs, which says itself what is left of them when it is interrupted."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import CommandLine
+from command_line import CommandLine, exits
 from comparison.data import prepare
 from comparison.methods import BUDGETS, METHODS, label, rows
 from comparison.models import make_model
@@ -222,9 +222,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)  # what is left has been said
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    exits(main)

@@ -23,7 +23,7 @@ from typing import Any
 
 import datasets
 import torch
-from command_line import CommandLine, Run, interruptible, name_report, refuse, try_out, verify
+from command_line import CommandLine, Run, done_instead, interruptible, name_report, refuse, trained
 from datasets import ClassLabel, Dataset
 from image_data import (
     DIGITS,
@@ -500,25 +500,16 @@ def main(run: Run) -> None:
         run.trainer, data, recipe, backbone_arguments = prepare()
         trainer = run.trainer
         config = trainer.args
-        if config.dry_run:
-            try_out(trainer)
+        if done_instead(trainer):
             return
-        if config.verify_checkpoint:
-            verify(trainer)
     except ValueError as error:
         refuse(error)
     adapter = backbone_arguments.lora_rank is not None
 
-    try:
-        trained = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    except ValueError as error:
-        if trainer.state.global_step > 0:
-            raise
-        # Before the first step it is still the input that is wrong: no such checkpoint, say.
-        refuse(error)
+    outcome = trained(trainer)
     trainer.save_model()
     trainer.save_members()
-    metrics = {**trained.metrics, **trainer.evaluate()}
+    metrics = {**outcome.metrics, **trainer.evaluate()}
     if adapter:
         metrics["lora_averaging_error"] = averaging_error(config.output_dir, trainer.population.size)
     trainer.save_metrics("all", metrics)

@@ -20,7 +20,16 @@ from typing import Any
 
 import datasets
 import torch
-from command_line import CommandLine, Run, interruptible, name_report, refuse, try_out, verify
+from command_line import (
+    CommandLine,
+    InsteadOfTraining,
+    Run,
+    done_instead,
+    interruptible,
+    name_report,
+    refuse,
+    trained,
+)
 from datasets import Dataset, DatasetDict
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -67,7 +76,7 @@ def default(name: str, value: Any, help: str | None = None) -> Any:
 
 
 @dataclass
-class WashSFTConfig(PopulationArguments, SFTConfig):
+class WashSFTConfig(InsteadOfTraining, PopulationArguments, SFTConfig):
     """The population's options and TRL's, with defaults under which a small model learns a small text in a minute."""
 
     output_dir: str = default("output_dir", "outputs/sft")
@@ -89,39 +98,12 @@ class WashSFTConfig(PopulationArguments, SFTConfig):
     shuffle_stop: float = field(
         default=0.75, metadata=dict(PopulationArguments.__dataclass_fields__["shuffle_stop"].metadata)
     )
-    dry_run: bool = field(
-        default=False,
-        metadata={
-            "help": "Try everything out, say what the run would cost, and stop: data, the loss of a batch, saving the "
-            "untrained model and loading it back, disk space for the checkpoints. Nothing is trained or uploaded."
-        },
-    )
-    verify_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "A checkpoint of a run with the same flags: train once more from the checkpoint before it, or from the "
-            "beginning, compare all weights, optimizer states and random streams bit by bit, and stop. Says `identical` "
-            "(exit code 0) or what differs first (exit code 1). Nothing is saved or uploaded."
-        },
-    )
 
     def __post_init__(self):
-        if self.dry_run and self.resume_from_checkpoint:
-            raise ValueError("--dry_run tries out a run from its beginning; leave --resume_from_checkpoint out.")
-        if self.verify_checkpoint and (self.dry_run or self.resume_from_checkpoint):
-            raise ValueError(
-                "--verify_checkpoint trains nothing new; leave --dry_run and --resume_from_checkpoint out."
-            )
-        if self.dry_run or self.verify_checkpoint:
-            # Pushing would make a repository before anything is tried.
-            self.push_to_hub = False
         if self.bf16 is None:
             # TRL's default is True wherever it trains; a CPU is slower with it.
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
-        if self.device.type == "cpu":
-            # Pinning is for copies to an accelerator; without one torch warns at every loader.
-            self.dataloader_pin_memory = False
 
 
 @dataclass
@@ -388,18 +370,15 @@ def main(run: Run) -> None:
         run.trainer, script = prepare()
         trainer = run.trainer
         config = trainer.args
-        if config.dry_run:
-            try_out(trainer)
+        if done_instead(trainer):
             return
-        if config.verify_checkpoint:
-            verify(trainer)
     except ValueError as error:
         refuse(error)
 
-    trained = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    outcome = trained(trainer)
     trainer.save_model()
     trainer.save_members()
-    metrics = {**trained.metrics, **trainer.evaluate()}
+    metrics = {**outcome.metrics, **trainer.evaluate()}
     trainer.save_metrics("all", metrics)
     trainer.save_state()
     if config.push_to_hub:

@@ -11,11 +11,10 @@ Cells are kept as in `compare_methods.py`, and resumed. Cells that studies share
 `docs/results/study-PRESET.json` with `--record`, for `results_page.py`.
 """
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from command_line import CommandLine
+from command_line import CommandLine, exits
 from compare_methods import SettingArguments, begin, run_all
 from comparison.record import cells_for, record, save
 from comparison.studies import STUDIES, cells_of_study, tables_of
@@ -69,9 +68,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)  # what is left has been said
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    exits(main)

@@ -23,7 +23,16 @@ from typing import Any
 import datasets
 import timm
 import torch
-from command_line import CommandLine, Run, interruptible, name_report, refuse, try_out, verify
+from command_line import (
+    CommandLine,
+    InsteadOfTraining,
+    Run,
+    done_instead,
+    interruptible,
+    name_report,
+    refuse,
+    trained,
+)
 from glyph_data import SIDE, is_glyphs
 from image_data import DIGITS, DataArguments, EvaluationView, ImageData, TrainingView, load_data
 from transformers import (
@@ -89,7 +98,7 @@ def default(name: str, value: Any, help: str | None = None) -> Any:
 
 
 @dataclass
-class TrainVitConfig(WashConfig):
+class TrainVitConfig(InsteadOfTraining, WashConfig):
     """[`WashConfig`] with defaults under which a small model learns a small data set within minutes."""
 
     output_dir: str = default("output_dir", "outputs/vit")
@@ -105,38 +114,11 @@ class TrainVitConfig(WashConfig):
     # The images are opened and augmented when they are needed, and the Trainer would remove their column before that.
     remove_unused_columns: bool = default("remove_unused_columns", False)
     shuffle_stop: float = default("shuffle_stop", 0.75)
-    dry_run: bool = field(
-        default=False,
-        metadata={
-            "help": "Try everything out, say what the run would cost, and stop: data, labels, the loss of a batch, saving "
-            "the untrained model and loading it back, disk space for the checkpoints. Nothing is trained or uploaded."
-        },
-    )
-    verify_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "A checkpoint of a run with the same flags: train once more from the checkpoint before it, or from the "
-            "beginning, compare all weights, optimizer states and random streams bit by bit, and stop. Says `identical` "
-            "(exit code 0) or what differs first (exit code 1). Nothing is saved or uploaded."
-        },
-    )
 
     def __post_init__(self):
-        if self.dry_run and self.resume_from_checkpoint:
-            raise ValueError("--dry_run tries out a run from its beginning; leave --resume_from_checkpoint out.")
-        if self.verify_checkpoint and (self.dry_run or self.resume_from_checkpoint):
-            raise ValueError(
-                "--verify_checkpoint trains nothing new; leave --dry_run and --resume_from_checkpoint out."
-            )
-        if self.dry_run or self.verify_checkpoint:
-            # Pushing would make a repository before anything is tried.
-            self.push_to_hub = False
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns would remove the images before they are opened; leave it off.")
-        if self.device.type == "cpu":
-            # Pinning is for copies to an accelerator; without one torch warns at every loader.
-            self.dataloader_pin_memory = False
 
 
 @dataclass
@@ -317,24 +299,15 @@ def main(run: Run) -> None:
         run.trainer, data, recipe = prepare()
         trainer = run.trainer
         config = trainer.args
-        if config.dry_run:
-            try_out(trainer)
+        if done_instead(trainer):
             return
-        if config.verify_checkpoint:
-            verify(trainer)
     except ValueError as error:
         refuse(error)
 
-    try:
-        trained = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    except ValueError as error:
-        if trainer.state.global_step > 0:
-            raise
-        # Before the first step it is still the input that is wrong: no such checkpoint, say.
-        refuse(error)
+    outcome = trained(trainer)
     trainer.save_model()
     trainer.save_members()
-    metrics = {**trained.metrics, **trainer.evaluate()}
+    metrics = {**outcome.metrics, **trainer.evaluate()}
     trainer.save_metrics("all", metrics)
     trainer.save_state()
     card: dict[str, Any] = {

@@ -12,12 +12,11 @@ budget, too, in three trials each.
 """
 
 import statistics
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from command_line import CommandLine
+from command_line import CommandLine, exits
 from compare_methods import SettingArguments, begin, run_all
 from comparison.cell import Cell
 from comparison.methods import BUDGETS, FREE, METHODS, describe, for_budget, label, trials
@@ -150,9 +149,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)  # what is left has been said
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    exits(main)

@@ -92,6 +92,7 @@ def test_the_sentences_are_the_same_each_time_and_few(sft):
         (["--eval_split", "test"], "--eval_split test: there is no such split. There are: train."),
         (["--dataset_name", "nowhere/to/be/found"], "Could not load 'nowhere/to/be/found'"),
         (["--model_name_or_path", "nowhere/to/be/found"], "Could not load 'nowhere/to/be/found'"),
+        (["--resume_from_checkpoint", "nowhere"], "Cannot resume: there is no folder `nowhere`"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(sft, monkeypatch, tmp_path, flags, message):

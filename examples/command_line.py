@@ -180,7 +180,7 @@ def name_report(folder: str) -> None:
 
 @dataclass
 class InsteadOfTraining:
-    """The flags for it. Stands in front of a configuration, which these scripts otherwise leave as it is."""
+    """The flags for it, in front of a configuration, which is told what a CPU has no use for."""
 
     dry_run: bool = field(
         default=False,

@@ -19,7 +19,17 @@ from typing import Any
 from command_line import CommandLine, exits
 from compare_methods import SettingArguments, begin, run_all
 from comparison.cell import Cell
-from comparison.methods import BUDGETS, FREE, METHODS, describe, for_budget, label, trials
+from comparison.methods import (
+    BUDGETS,
+    FREE,
+    METHODS,
+    describe,
+    for_budget,
+    free_trials,
+    label,
+    most_copies,
+    trials,
+)
 from comparison.record import RESULTS, cells_for, record, save
 from torch import nn
 from transformers.utils import logging
@@ -65,7 +75,7 @@ def rows_of_trials(
 
     Returns:
         `tuple[list, list[str]]`: (label, method, options, steps) of each, labelled with its row, a dot and a number; and
-        which are left out, since the method cannot send so many bytes with them, in a sentence each.
+        which rows are left out, since the method cannot send so many bytes, in a sentence each.
     """
     found: list[tuple[str, str, dict[str, Any], int]] = []
     left_out = []
@@ -79,12 +89,14 @@ def rows_of_trials(
             add(name, "tuned", options)
     for budget in budgets:
         for name in (name for name in names if name in FREE):
-            for free in FREE[name]:
-                try:
-                    add(name, f"{budget:g}", for_budget(name, budget, model, size, steps, steps_per_epoch, free))
-                except ValueError as error:
-                    trial = describe({**METHODS[name].options, **free})
-                    left_out.append(f"{label(name, f'{budget:g}')} {trial}: {error}")
+            tried = free_trials(name, budget, model, size)
+            for free in tried:
+                add(name, f"{budget:g}", for_budget(name, budget, model, size, steps, steps_per_epoch, free))
+            if not tried:
+                most = most_copies(model, size)
+                left_out.append(
+                    f"{label(name, f'{budget:g}')}: it sends at most {most:.3g} of such a model in a step."
+                )
     return found, left_out
 
 

@@ -1,4 +1,4 @@
-"""The bar that shows how far something is that may take long: only where it does."""
+"""The bar that shows how far something of several parts is: only where it takes long."""
 
 from tqdm.auto import tqdm
 
@@ -9,7 +9,8 @@ PATIENCE = 2.0
 
 def bar_of(what: str, total: int, quiet: bool = False) -> tqdm:
     """
-    A progress bar that does not appear before [`PATIENCE`] is over, and leaves nothing behind.
+    A progress bar that does not appear before [`PATIENCE`] is over, and then with the next part that is done. It leaves
+    nothing behind.
 
     Args:
         what (`str`): What is done.

@@ -4,12 +4,15 @@ Whether a step of a population takes longer than it did: this tree against anoth
     git worktree add /tmp/before COMMIT
     python examples/benchmarks/step_time.py /tmp/before              # a ViT of 96 × 4, two members
     python examples/benchmarks/step_time.py /tmp/before --vit_s      # ViT-S/16 at 224²
+    python examples/benchmarks/step_time.py /tmp/before --processes 2   # a member in each of two processes
 
-Two processes, one for each tree, train in turns, a few steps at a time, so that a machine's moods reach both alike. Every
-figure is a ratio within such a pair. Set `OMP_NUM_THREADS=1`.
+Two runs, one of each tree, train in turns, a few steps at a time, so that a machine's moods reach both alike. A turn is
+timed from the beginning of its first step to that of the next turn's, with all that comes between. Every figure is a ratio
+within a pair of turns. Set `OMP_NUM_THREADS=1`.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -24,7 +27,7 @@ HERE = Path(__file__).resolve().parents[2]
 
 
 def train(tree: str, vit_s: bool, turns: int, steps: int) -> None:
-    """Train; before each turn wait for a line, after it print the seconds that it took."""
+    """Train; before each turn wait for a line, and print the seconds that the one before took."""
     import torch
     from transformers import TrainerCallback, ViTConfig, ViTForImageClassification, set_seed
 
@@ -35,14 +38,21 @@ def train(tree: str, vit_s: bool, turns: int, steps: int) -> None:
     size, width, layers, patch, batch = (224, 384, 12, 16, 4) if vit_s else (32, 96, 4, 4, 32)
 
     class Turns(TrainerCallback):
+        began = None
+
+        def end_turn(self):
+            if self.began is not None:
+                print(time.perf_counter() - self.began, flush=True)
+
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step % steps == 0:
-                sys.stdin.readline()
+                self.end_turn()
+                if not sys.stdin.readline():
+                    os._exit(0)  # nobody waits for another turn
                 self.began = time.perf_counter()
 
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step % steps == 0:
-                print(time.perf_counter() - self.began, flush=True)
+        def on_train_end(self, args, state, control, **kwargs):
+            self.end_turn()
 
     class Noise(torch.utils.data.Dataset):
         images = torch.randn(16, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -67,14 +77,17 @@ def train(tree: str, vit_s: bool, turns: int, steps: int) -> None:
         )  # fmt: skip
         if hasattr(args, "report"):
             args.report = False
-        WashTrainer(model, args, train_dataset=Noise(), callbacks=[Turns()]).train()
+        # The other processes wait for the first one wherever members meet.
+        callbacks = [Turns()] if os.environ.get("RANK", "0") == "0" else []
+        WashTrainer(model, args, train_dataset=Noise(), callbacks=callbacks).train()
 
 
-def begun(tree: Path, vit_s: bool, turns: int, steps: int) -> subprocess.Popen:
-    """A process that trains with a tree's code."""
+def begun(tree: Path, vit_s: bool, turns: int, steps: int, processes: int) -> subprocess.Popen:
+    """A run with a tree's code."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, str(tree), "--turns", str(turns), "--steps", str(steps), "--train"]
-    command += ["--vit_s"] if vit_s else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), __file__, str(tree), "--train"]
+    command += ["--turns", str(turns), "--steps", str(steps), *(["--vit_s"] if vit_s else [])]
     # Far from any tree, so that none is found by the current folder.
     return subprocess.Popen(
         command, env=environment, cwd=tempfile.gettempdir(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -82,16 +95,17 @@ def begun(tree: Path, vit_s: bool, turns: int, steps: int) -> subprocess.Popen:
 
 
 def seconds(process: subprocess.Popen) -> float:
-    """Let a process train for one turn. A `RuntimeError` if it has ended."""
+    """Let a run train for one turn. A `RuntimeError` if it has ended."""
     assert process.stdin is not None and process.stdout is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write("\n")
+        process.stdin.flush()
     for line in process.stdout:
         try:
             return float(line)
         except ValueError:
             continue  # what the Trainer prints
-    raise RuntimeError("A process ended; what it said stands above.")
+    raise RuntimeError("A run ended before it should; what it said stands above.")
 
 
 def main() -> None:
@@ -99,11 +113,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="the tree to compare with: a folder that holds hf_wash/")
     parser.add_argument("--vit_s", action="store_true", help="ViT-S/16 at 224² in the place of a ViT of 96 × 4")
-    parser.add_argument("--turns", type=int, default=40, help="pairs of turns; two more warm up")
-    parser.add_argument("--steps", type=int, help="steps in a turn; by default 10, 1 of ViT-S")
+    parser.add_argument("--processes", type=int, default=1, choices=(1, 2), help="that the two members are dealt to")
+    parser.add_argument("--turns", type=int, default=40, help="pairs of turns, at least 2; two more warm up")
+    parser.add_argument("--steps", type=int, help="steps in a turn; by default 10, 3 of ViT-S")
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    steps = chosen.steps or (1 if chosen.vit_s else 10)
+    steps = chosen.steps if chosen.steps is not None else (3 if chosen.vit_s else 10)
+    if steps < 1 or chosen.turns < 2:
+        parser.error("--steps must be at least 1 and --turns at least 2")
     other = chosen.other.resolve()
     if chosen.train:
         train(str(other), chosen.vit_s, chosen.turns, steps)
@@ -111,16 +128,19 @@ def main() -> None:
     if not (other / "hf_wash").is_dir():
         parser.error(f"{chosen.other} holds no hf_wash/")
     pairs = []
-    processes = [begun(tree, chosen.vit_s, chosen.turns + 2, steps) for tree in (HERE, other)]
+    runs = [begun(tree, chosen.vit_s, chosen.turns + 2, steps, chosen.processes) for tree in (HERE, other)]
     try:
         for turn in range(chosen.turns + 2):
-            order = processes if turn % 2 else processes[::-1]
-            took = {process: seconds(process) for process in order}
-            pairs.append([took[process] / steps for process in processes])
+            order = runs if turn % 2 else runs[::-1]
+            took = {run: seconds(run) for run in order}
+            pairs.append([took[run] / steps for run in runs])
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        for run in runs:
+            assert run.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                run.stdin.close()  # at which it ends
+        for run in runs:
+            run.wait(120)
     measured = pairs[2:]
     ratios = [ours / theirs for ours, theirs in measured]
     first, median, third = statistics.quantiles(ratios, n=4)
@@ -128,6 +148,7 @@ def main() -> None:
         json.dumps(
             {
                 "model": "ViT-S/16 at 224²" if chosen.vit_s else "ViT of 96 × 4", "members": 2,
+                "processes": chosen.processes,
                 "pairs": chosen.turns, "steps_in_a_turn": steps,
                 "seconds_a_step": statistics.median(ours for ours, _ in measured),
                 "other_seconds_a_step": statistics.median(theirs for _, theirs in measured),

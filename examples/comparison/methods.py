@@ -4,6 +4,7 @@ The methods and their settings: as published, as tuned for the length of the run
 A setting is a dictionary of `WashConfig` options. The sizes of models come from exact shapes.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,36 @@ FREE = {
     "papa": [{"average_rate": 0.5}, {"average_rate": 0.9}, {"average_rate": 0.0}],
     "diloco": [{"average_rate": 0.7}, {"average_rate": 0.4}, {"average_rate": 1.0}],
 }
+
+
+def free_trials(method: str, budget: float, model: nn.Module, size: int) -> list[dict[str, Any]]:
+    """
+    What is tried for a method when it is tuned at a number of bytes: three settings of what these leave free.
+
+    Args:
+        method (`str`): A key of `FREE`.
+        budget (`float`): Copies of the model that a member sends in a step, on average.
+        model (`nn.Module`): Any member; shapes count.
+        size (`int`): Members, N.
+
+    Returns:
+        `list[dict]`: The settings; none if the method cannot send as much at all.
+    """
+    if method != "wash":
+        return FREE[method]
+    least = budget / most_copies(model, size)
+    if least >= 1:
+        return []
+    # A shuffle that ends early sends less, whatever its p.
+    middle, latest, earliest = (each["shuffle_stop"] for each in FREE["wash"])
+    earliest = max(earliest, math.ceil(1000 * least) / 1000)
+    middle = middle if earliest < middle else round((earliest + latest) / 2, 4)
+    return [{"shuffle_stop": stop} for stop in (middle, latest, earliest)]
+
+
+def most_copies(model: nn.Module, size: int) -> float:
+    """Copies of a model that a member of WASH sends in a step at p = 1."""
+    return expected_values_moved(model, size, 1.0) / sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def trials(method: str, steps: int) -> list[dict[str, Any]]:
@@ -121,8 +152,7 @@ def for_budget(
     """
     free = free if free is not None else (FREE[method][0] if method in FREE else {})
     if method == "wash":
-        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        most = expected_values_moved(model, size, 1.0) / parameters * free["shuffle_stop"]
+        most = most_copies(model, size) * free["shuffle_stop"]
         if budget > most:
             raise ValueError(f"WASH sends at most {most:.3g} of such a model in a step, so not {budget:g}.")
         return {**free, "shuffle_probability": budget / most}

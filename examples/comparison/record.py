@@ -75,7 +75,7 @@ def record(kind: str, setting: Setting, steps: int, cells: list[dict[str, Any]],
         **more: What the kind adds.
     """
     # A folder's cells may be of several calls, and of several commits.
-    commits = dict.fromkeys(cell.get("commit") or commit() for cell in cells)
+    commits = dict.fromkeys(cell.get("commit", "unknown") for cell in cells)
     return {
         "kind": kind,
         "setting": dataclasses.asdict(setting),
@@ -84,7 +84,7 @@ def record(kind: str, setting: Setting, steps: int, cells: list[dict[str, Any]],
         "commit": ", ".join(commits),
         "machine": machine(),
         **more,
-        "cells": [_rounded({name: value for name, value in cell.items() if name != "commit"}) for cell in cells],
+        "cells": [_rounded(cell) for cell in cells],
     }
 
 

@@ -120,6 +120,8 @@ class Runner:
         self._rate = seconds_per_step
         self._work = self._seconds = 0.0
         self._shown = ""
+        # That of the code which the processes load here, whatever is committed while they run.
+        self._commit = commit()
         self._processes = processes()
 
     def result_of(self, cell: Cell) -> dict[str, Any] | None:
@@ -205,7 +207,7 @@ class Runner:
         folder = self.folder / cell.name
         folder.mkdir(exist_ok=True)
         write_whole(folder / "cell.json", json.dumps(cell.as_dict()).encode())
-        arguments = (cell.as_dict(), str(folder), str(self._result(cell)), str(self.folder.parent), commit())
+        arguments = (cell.as_dict(), str(folder), str(self._result(cell)), str(self.folder.parent), self._commit)
         process = self._processes.Process(target=work_on, args=arguments)
         process.start()
         one = Running(cell, process, folder)

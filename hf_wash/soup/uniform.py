@@ -20,8 +20,8 @@ from .weights import (
 
 
 # Numbers that are summed at a time: 2 MiB in float64. VGG keeps three quarters of its weights in one tensor, so whole
-# tensors would be too much.
-BLOCK = 2**18
+# tensors would be too much. On a device, which is waited for once a block, 128 MiB.
+BLOCK, BLOCK_ON_DEVICE = 2**18, 2**24
 
 
 def uniform_soup(members: Iterable[nn.Module | Mapping[str, torch.Tensor] | str | Path]) -> dict[str, torch.Tensor]:
@@ -90,7 +90,7 @@ def mean_of_sources(sources: Sequence[WeightSource]) -> dict[str, torch.Tensor]:
         else:
             soup[name] = _copy(value)
     for name in averaged:
-        for rows in _blocks(soup[name].shape):
+        for rows in _blocks(soup[name].shape, BLOCK if soup[name].device.type == "cpu" else BLOCK_ON_DEVICE):
             total = _wide(first.read(name, rows))
             for source in sources[1:]:
                 total += source.read(name, rows).to(device=total.device, dtype=total.dtype)
@@ -101,12 +101,12 @@ def mean_of_sources(sources: Sequence[WeightSource]) -> dict[str, torch.Tensor]:
     return soup
 
 
-def _blocks(shape: tuple[int, ...]) -> list[slice | None]:
-    """Slices of rows, each of about `BLOCK` numbers; `[None]` for what fits in one."""
+def _blocks(shape: tuple[int, ...], block: int) -> list[slice | None]:
+    """Slices of rows, each of about `block` numbers; `[None]` for what fits in one."""
     numbers = math.prod(shape)
-    if numbers <= BLOCK:
+    if numbers <= block:
         return [None]
-    rows = max(1, BLOCK // (numbers // shape[0]))
+    rows = max(1, block // (numbers // shape[0]))
     return [slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]
 
 

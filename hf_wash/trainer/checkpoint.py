@@ -73,12 +73,18 @@ class _Records:
         hashed, synced = self._threads.submit(file_record, path), self._threads.submit(sync, path)
         self._records[path.relative_to(self._folder).as_posix()] = hashed, synced
 
+    def __enter__(self) -> "_Records":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        # No thread may hold a file of what is about to be removed.
+        self._threads.shutdown(cancel_futures=True)
+
     def collect(self) -> dict[str, dict[str, Any]]:
         """The records by the files' paths inside the folder, once all files are on the disk."""
-        with self._threads:
-            for _, synced in self._records.values():
-                synced.result()
-            return {name: hashed.result() for name, (hashed, _) in sorted(self._records.items())}
+        for _, synced in self._records.values():
+            synced.result()
+        return {name: hashed.result() for name, (hashed, _) in sorted(self._records.items())}
 
 
 def write(
@@ -121,18 +127,18 @@ def write(
             staging.mkdir(parents=True)
 
     def write_parts() -> tuple[int, list[int], dict]:
-        records = _Records(staging)
-        if leads:
-            shared = write_soup(staging)
-            if shared:
-                save_file(shared, staging / FROZEN, metadata={"format": "pt"})
-            # Other processes write their members meanwhile.
-            for path in staging.rglob("*"):
-                if path.is_file() and not _is_of_a_member(path, staging):
-                    records.add(path)
-        for slot, index in enumerate(population.indices):
-            write_member(staging / f"member_{index}", *member_part(slot, index), written=records.add)
-        return node, list(population.indices), records.collect()
+        with _Records(staging) as records:
+            if leads:
+                shared = write_soup(staging)
+                if shared:
+                    save_file(shared, staging / FROZEN, metadata={"format": "pt"})
+                # Other processes write their members meanwhile.
+                for path in staging.rglob("*"):
+                    if path.is_file() and not _is_of_a_member(path, staging):
+                        records.add(path)
+            for slot, index in enumerate(population.indices):
+                write_member(staging / f"member_{index}", *member_part(slot, index), written=records.add)
+            return node, list(population.indices), records.collect()
 
     population.do_together(what, begin, clean_up)
     written = population.do_together(what, write_parts, clean_up)

@@ -49,13 +49,13 @@ class Watch(TrainerCallback):
 write_member = checkpoint.write_member
 
 
-def disturbed(folder, *rest):
+def disturbed(folder, *rest, **more):
     time.sleep(arguments.slow_save)
     if arguments.full_disk_at is not None and f"checkpoint-{arguments.full_disk_at}" in str(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / checkpoint.MEMBER_WEIGHTS).write_bytes(b"half of the")
         raise OSError(errno.ENOSPC, "No space left on device")
-    return write_member(folder, *rest)
+    return write_member(folder, *rest, **more)
 
 
 checkpoint.write_member = disturbed

@@ -1,8 +1,7 @@
 """Commands in the documentation name scripts, sub-commands, targets and flags that there are."""
 
-import contextlib
+import argparse
 import functools
-import io
 import os
 import re
 import runpy
@@ -31,17 +30,22 @@ def commands_of(text: str) -> list[str]:
 
 @functools.cache
 def flags_of(script: str) -> set[str]:
-    """The flags that a script's `--help` lists."""
-    printed = io.StringIO()
+    """The flags that a script's parser has."""
+    found: set[str] = set()
+
+    def print_help(parser, file=None):
+        found.update(option for action in parser._actions for option in action.option_strings)
+
     # Here, where everything is imported already; what a script does to make its imports work must not stay.
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "print_help", print_help)
         patch.setattr(sys, "argv", [script, "--help"])
         patch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
         patch.setattr(os, "environ", os.environ.copy())
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(ROOT / script), run_name="__main__")
     assert not ended.value.code
-    return set(re.findall(r"--[A-Za-z_][\w-]*", printed.getvalue()))
+    return found
 
 
 def problems_of(command: str) -> list[str]:
@@ -79,6 +83,7 @@ def test_commands_name_what_there_is(page):
     ("command", "problem"),
     [
         ("torchrun --nproc-per-node 2 examples/train_vit.py --populaton_size 4", "knows no --populaton_size"),
+        ("python examples/benchmarks/report_contrast.py a b --mixing wash", "knows no --mixing"),  # of its docstring
         ("python examples/train_vitt.py", "there is no examples/train_vitt.py"),
         ("hf-wash soop run --out soup", "hf-wash has no soop"),
         ("hf-wash soup run --ouut soup", "hf-wash soup knows no --ouut"),

@@ -18,7 +18,7 @@ from comparison import tables
 from comparison.cell import Cell, run
 from comparison.data import Collator, held_out_indices, prepare
 from comparison.measure import hits
-from comparison.methods import BUDGETS, for_budget, rows, trials
+from comparison.methods import BUDGETS, for_budget, free_trials, rows, trials
 from comparison.models import make_model
 from comparison.page import page
 from comparison.record import RESULTS, commit
@@ -151,7 +151,8 @@ def test_another_call_with_other_methods_adds_to_the_tables(compared, tmp_path, 
         ("wash@0.02", 0), ("plain-N-times", 0), ("plain-once", 0), ("wash@0.02", 1),
     ]  # fmt: skip
     assert kept["command"].endswith("# and earlier calls with other rows or seeds")
-    assert kept["commit"] == f"{commit()}, 0000000" and "commit" not in kept["cells"][0]
+    assert kept["commit"] == f"{commit()}, 0000000"
+    assert [cell["commit"] for cell in kept["cells"][:2]] == [commit(), "0000000"]
     assert "one model, 2 × the steps" in (folder / "table.md").read_text()
     said = capsys.readouterr().out
     assert (
@@ -344,11 +345,14 @@ def test_the_free_settings_of_each_budget_are_tuned_with_equal_effort(model):
     assert {row: n for row, n in tried.items() if "@" in row} == {
         f"{name}@{budget:g}": 3 for name in ("wash", "papa", "diloco") for budget in BUDGETS
     }
-    # Of two members fewer weights move, and what cannot send so many is left out.
+    assert [free["shuffle_stop"] for free in free_trials("wash", 0.1, model, 3)] == [0.75, 1.0, 0.6]
+    # Of two members fewer weights move, so that a shuffle cannot end as early.
     found, left_out = tune_methods.rows_of_trials(["wash"], [0.1], 2, 700, 61, model)
-    assert len(found) + len(left_out) == 9
-    assert all("WASH sends at most" in reason for reason in left_out)
-    assert left_out[-1].startswith("wash@0.1 until 60%: WASH sends at most 0.07")
+    stops = [options["shuffle_stop"] for row, _, options, _ in found if "@" in row]
+    assert len(found) == 9 and not left_out and min(stops) > 0.75 and len(set(stops)) == 3
+    assert all(options["shuffle_probability"] <= 1 for _, _, options, _ in found)
+    found, left_out = tune_methods.rows_of_trials(["wash"], [0.2], 2, 700, 61, model)
+    assert len(found) == 6 and left_out == ["wash@0.2: it sends at most 0.132 of such a model in a step."]
 
 
 def test_rows_that_cannot_be_are_left_out_with_the_reason(model):

@@ -19,8 +19,9 @@ def run(*arguments):
 
 
 @pytest.mark.slow
-def test_a_tree_is_compared_with_another(tmp_path):
-    # The other one is this one, with steps that take 0.2 seconds more.
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.distributed)])
+def test_a_tree_is_compared_with_another(tmp_path, processes):
+    # The other one is this one, with half a second more before each step ends for the Trainer's loop.
     tree = tmp_path / "other"
     tree.mkdir()
     (tree / "hf_wash").mkdir()
@@ -29,13 +30,13 @@ def test_a_tree_is_compared_with_another(tmp_path):
     (tree / "hf_wash" / "__init__.py").unlink()
     package = (ROOT / "hf_wash" / "__init__.py").read_text()
     slow = "\nimport time\nfrom .trainer.wash_trainer import WashTrainer as _Theirs\n\n\nclass WashTrainer(_Theirs):\n"
-    slow += "    def training_step(self, *args, **kwargs):\n        time.sleep(0.2)\n"
-    slow += "        return super().training_step(*args, **kwargs)\n"
+    slow += "    def _maybe_log_save_evaluate(self, *args, **kwargs):\n        time.sleep(0.5)\n"
+    slow += "        return super()._maybe_log_save_evaluate(*args, **kwargs)\n"
     (tree / "hf_wash" / "__init__.py").write_text(package + slow)
-    done = run(tree, "--turns", 3, "--steps", 1)
+    done = run(tree, "--turns", 3, "--steps", 1, "--processes", processes)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["pairs"] == 3 and found["members"] == 2
+    assert found["pairs"] == 3 and found["members"] == 2 and found["processes"] == processes
     assert found["other_seconds_a_step"] > found["seconds_a_step"]
     assert found["ratio_quartiles"][1] < 0.9
 
@@ -43,3 +44,8 @@ def test_a_tree_is_compared_with_another(tmp_path):
 def test_a_folder_without_the_package_is_refused(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 2 and "holds no hf_wash/" in done.stderr
+
+
+def test_a_single_pair_has_no_quartiles(tmp_path):
+    done = run(ROOT, "--turns", 1)
+    assert done.returncode == 2 and "--turns at least 2" in done.stderr

@@ -10,7 +10,7 @@ BARS = ("writing checkpoint-2", "loading the export back", "saving the members")
 
 
 @pytest.mark.parametrize(
-    ("patience", "disable_tqdm", "shown"), [(0, False, True), (0, True, False), (progress.PATIENCE, False, False)]
+    ("patience", "disable_tqdm", "shown"), [(0, False, True), (0, True, False), (1000, False, False)]
 )
 def test_bars_appear_where_something_takes_long(tmp_path, monkeypatch, capsys, patience, disable_tqdm, shown):
     monkeypatch.setattr(progress, "PATIENCE", patience)

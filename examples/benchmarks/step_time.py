@@ -7,8 +7,9 @@ Whether a step of a population takes longer than it did: this tree against anoth
     python examples/benchmarks/step_time.py /tmp/before --processes 2   # a member in each of two processes
 
 Two runs, one of each tree, train in turns, a few steps at a time, so that a machine's moods reach both alike. A turn is
-timed from the beginning of its first step to that of the next turn's, with all that comes between. Every figure is a ratio
-within a pair of turns. Set `OMP_NUM_THREADS=1`.
+timed from the beginning of its first step to that of the next turn's, with all that comes between, by the clock and by
+the processor (of the first process), which other work on the machine disturbs less. Every figure is a ratio within a pair of
+turns. Set `OMP_NUM_THREADS=1`.
 """
 
 import argparse
@@ -27,7 +28,7 @@ HERE = Path(__file__).resolve().parents[2]
 
 
 def train(tree: str, vit_s: bool, turns: int, steps: int) -> None:
-    """Train; before each turn wait for a line, and print the seconds that the one before took."""
+    """Train; before each turn wait for a line, and print what the one before took: seconds, and the processor's."""
     import torch
     from transformers import TrainerCallback, ViTConfig, ViTForImageClassification, set_seed
 
@@ -42,14 +43,15 @@ def train(tree: str, vit_s: bool, turns: int, steps: int) -> None:
 
         def end_turn(self):
             if self.began is not None:
-                print(time.perf_counter() - self.began, flush=True)
+                clock, processor = self.began
+                print(time.perf_counter() - clock, time.process_time() - processor, flush=True)
 
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step % steps == 0:
                 self.end_turn()
                 if not sys.stdin.readline():
                     os._exit(0)  # nobody waits for another turn
-                self.began = time.perf_counter()
+                self.began = time.perf_counter(), time.process_time()
 
         def on_train_end(self, args, state, control, **kwargs):
             self.end_turn()
@@ -94,17 +96,18 @@ def begun(tree: Path, vit_s: bool, turns: int, steps: int, processes: int) -> su
     )
 
 
-def seconds(process: subprocess.Popen) -> float:
-    """Let a run train for one turn. A `RuntimeError` if it has ended."""
+def seconds(process: subprocess.Popen) -> tuple[float, float]:
+    """Let a run train for one turn; what that took. A `RuntimeError` if it has ended."""
     assert process.stdin is not None and process.stdout is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write("\n")
         process.stdin.flush()
     for line in process.stdout:
         try:
-            return float(line)
+            clock, processor = map(float, line.split())
         except ValueError:
             continue  # what the Trainer prints
+        return clock, processor
     raise RuntimeError("A run ended before it should; what it said stands above.")
 
 
@@ -133,7 +136,7 @@ def main() -> None:
         for turn in range(chosen.turns + 2):
             order = runs if turn % 2 else runs[::-1]
             took = {run: seconds(run) for run in order}
-            pairs.append([took[run] / steps for run in runs])
+            pairs.append([took[run] for run in runs])
     finally:
         for run in runs:
             assert run.stdin is not None
@@ -141,22 +144,18 @@ def main() -> None:
                 run.stdin.close()  # at which it ends
         for run in runs:
             run.wait(120)
-    measured = pairs[2:]
-    ratios = [ours / theirs for ours, theirs in measured]
-    first, median, third = statistics.quantiles(ratios, n=4)
-    print(
-        json.dumps(
-            {
-                "model": "ViT-S/16 at 224²" if chosen.vit_s else "ViT of 96 × 4", "members": 2,
-                "processes": chosen.processes,
-                "pairs": chosen.turns, "steps_in_a_turn": steps,
-                "seconds_a_step": statistics.median(ours for ours, _ in measured),
-                "other_seconds_a_step": statistics.median(theirs for _, theirs in measured),
-                "ratio_quartiles": [round(value, 4) for value in (first, median, third)],
-            },
-            indent=1,
-        )
-    )  # fmt: skip
+    found = {
+        "model": "ViT-S/16 at 224²" if chosen.vit_s else "ViT of 96 × 4", "members": 2, "processes": chosen.processes,
+        "pairs": chosen.turns, "steps_in_a_turn": steps,
+    }  # fmt: skip
+    for number, name in enumerate(("seconds", "processor_seconds")):
+        ours, theirs = ([both[run][number] / steps for both in pairs[2:]] for run in range(2))
+        ratios = statistics.quantiles((a / b for a, b in zip(ours, theirs, strict=True)), n=4)
+        found |= {
+            f"{name}_a_step": statistics.median(ours), f"other_{name}_a_step": statistics.median(theirs),
+            f"{name}_ratio_quartiles": [round(value, 4) for value in ratios],
+        }  # fmt: skip
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

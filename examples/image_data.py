@@ -213,7 +213,8 @@ def refuse_a_single_class(arguments: DataArguments, splits: DatasetDict, train: 
     if len(folders) == 1:
         folder = folders.pop()
         if os.path.samefile(folder, root) or os.path.basename(folder) in splits:
-            raise ValueError(f"The images of {root!r} lie in no class's folder, {folder!r}. {wanted}")
+            where = "" if os.path.samefile(folder, root) else f", but in {folder!r} itself"
+            raise ValueError(f"The images of {root!r} lie in no class's folder{where}. {wanted}")
         raise ValueError(
             f"{root!r} has images of a single class to train on, {os.path.basename(folder)!r}: nothing to tell apart. "
             f"{wanted}"

@@ -87,7 +87,7 @@ class PopulationArguments:
             with `"diloco"` the outer learning rate, 0.7 as published.
         shuffle_probability (`float`, *optional*):
             The paper's p, the probability with which a weight of the first layer is shuffled in a step. What counts
-            is p times the number of steps: 35 served in our small studies, and 7 gave worse models than no exchange.
+            is p times the number of steps: 35 served in our small studies, and 10 or fewer gave worse models than no exchange.
             Defaults to what gives a first-layer weight about 140 shuffles in the run, at most 0.5 ([`probability_for`]
             has the rule). With `"sparta"`, of a weight at any depth to be averaged; 0.005 as published.
         shuffle_schedule (`str`, *optional*, defaults to `"decreasing"`):

@@ -60,7 +60,8 @@ def _compare(first: Mapping[str, Any], other: Mapping[str, Any], names: Iterable
             continue
         if first.get(name) != other.get(name):
             found, expected = shortened(other.get(name)), shortened(first.get(name))
-            raise ValueError(f"{beginning} {name} is {found}, not {expected}.")
+            verb = "are" if name == "classes" else "is"
+            raise ValueError(f"{beginning} {name} {verb} {found}, not {expected}.")
 
 
 def _description(folder: Path) -> dict[str, Any]:

@@ -60,11 +60,11 @@ class MixStats:
             How long this process waited in the collective, in seconds.
     """
 
-    values_moved: int
-    bytes_exchanged: int
-    bytes_sent: int
-    averaged: bool
-    stop_requested: bool
-    population_values_moved: int
-    population_bytes_exchanged: int
-    wait_seconds: float
+    values_moved: int = 0
+    bytes_exchanged: int = 0
+    bytes_sent: int = 0
+    averaged: bool = False
+    stop_requested: bool = False
+    population_values_moved: int = 0
+    population_bytes_exchanged: int = 0
+    wait_seconds: float = 0.0

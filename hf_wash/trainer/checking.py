@@ -23,7 +23,7 @@ from . import dry_run
 from .checkpoint import encode_streams
 from .dry_run import DryRun, Tried, stage
 from .member import Member, as_member
-from .mixing_run import expected_exchange
+from .mixing_run import expected_exchange, too_few_shuffles
 from .part import Part
 from .run_folder import leaves_no_empty_folder
 from .served_soup import copy_unprepared
@@ -234,6 +234,7 @@ class Checking(Part):
             saved=saved,
             shuffle_probability=probability,
             expected_shuffles=args.expected_shuffles(first.steps),
+            too_few_shuffles=too_few_shuffles(args, first.steps, probability) if args.mixing == "wash" else None,
             values_moved=values,
             bytes_exchanged=exchanged,
             checkpoint_bytes=saved_bytes + shared + here * member_bytes + mixer_bytes,

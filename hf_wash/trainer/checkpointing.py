@@ -27,7 +27,7 @@ from . import checkpoint as checkpoints
 from . import options
 from .log import MemberLog
 from .part import Part
-from .run_folder import FolderInUse, RunFolder, new_run, training_figures
+from .run_folder import FolderInUse, RunFolder, new_run, run_that_left, training_figures
 from .served_soup import NonFiniteMemberError
 
 
@@ -78,6 +78,13 @@ class Checkpointing(Part):
                 f"`{self.args.output_dir}` holds checkpoints of another run ({listing}). They stay, but one of a step at "
                 f"which this run, {self._run[:8]}, saves is replaced, and to go on from this folder later the "
                 "checkpoint has to be named. An `output_dir` of its own is safer."
+            )
+            return
+        before = run_that_left(self.args.output_dir)
+        if before is not None and before != self._run:
+            logger.warning(
+                f"`{self.args.output_dir}` holds what run {ascii(before)[1:9]} left. What this run, {self._run[:8]}, saves takes its "
+                "place. An `output_dir` of its own is safer."
             )
 
     def _rotate(self, run_dir: str, limit: int | None, keep_newest: bool = True) -> None:

@@ -46,6 +46,7 @@ class DryRun:
         saved (`str`): How it was shown to load back.
         shuffle_probability (`float`): The p of this run.
         expected_shuffles (`float`): How often a first-layer weight is shuffled in the run, on average.
+        too_few_shuffles (`str`, *optional*): What the run will warn of, if that is too seldom to be of use.
         values_moved (`float`), bytes_exchanged (`float`): What is expected to change owner in the run, of all members.
         others_send (`dict[str, int]`): Bytes that other methods would send.
         checkpoint_bytes (`int`): Of one checkpoint.
@@ -68,6 +69,7 @@ class DryRun:
     saved: str
     shuffle_probability: float
     expected_shuffles: float
+    too_few_shuffles: str | None
     values_moved: float
     bytes_exchanged: float
     checkpoint_bytes: int
@@ -125,6 +127,7 @@ class DryRun:
             ),
             ("exchange", exchange),
             *([("shuffles", shuffles)] if self.values_moved and self.mixing == "wash" else []),
+            *([("too few", self.too_few_shuffles)] if self.values_moved and self.too_few_shuffles else []),
             *([("others send", others)] if self.values_moved else []),
             (
                 "checkpoints",

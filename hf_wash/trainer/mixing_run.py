@@ -132,6 +132,32 @@ def expected_exchange(
     return values * (1 + with_state[0]), values * bytes_each * (1 + with_state[1])
 
 
+def too_few_shuffles(args: Any, steps: int, probability: float) -> str | None:
+    """
+    A sentence on a run in which weights are shuffled, and too seldom to be of use.
+
+    Args:
+        args ([`PopulationArguments`]): The options, `mixing="wash"` among them.
+        steps (`int`): Optimizer steps of a member in the whole run.
+        probability (`float`): p.
+    """
+    mixing_steps = args.mixing_steps(steps)
+    expected = probability * mixing_steps
+    if not probability or expected >= ENOUGH_SHUFFLES:
+        return None
+    needed = ENOUGH_SHUFFLES / mixing_steps if mixing_steps else math.inf
+    advice = (
+        f"`shuffle_probability={needed:.2g}`"
+        if needed <= LARGEST_FITTED_PROBABILITY
+        else f"train longer, since this run is too short for it even at p = {LARGEST_FITTED_PROBABILITY}"
+    )
+    return (
+        f"A first-layer weight will be shuffled about {expected:.1f} times in this run of {steps} steps "
+        f"(p = {probability:g}). In our small studies (docs/choosing_p.md) {ENOUGH_SHUFFLES} shuffles served; with 10 or "
+        f"fewer the members and the soup were worse than a single model. For {ENOUGH_SHUFFLES}: {advice}."
+    )
+
+
 class MixingRun:
     """
     What the members of a run exchange, and when.
@@ -210,23 +236,10 @@ class MixingRun:
             logger.info(self.forecast())
         else:
             tqdm.write(self.forecast(), file=sys.stderr)
-        if self.mixer is None or self._args.mixing != "wash":
-            return
-        mixing_steps = self._args.mixing_steps(self._total_steps)
-        expected = self.probability * mixing_steps
-        if not self.probability or expected >= ENOUGH_SHUFFLES:
-            return
-        needed = ENOUGH_SHUFFLES / mixing_steps if mixing_steps else math.inf
-        advice = (
-            f"`shuffle_probability={needed:.2g}`"
-            if needed <= LARGEST_FITTED_PROBABILITY
-            else f"train longer, since this run is too short for it even at p = {LARGEST_FITTED_PROBABILITY}"
-        )
-        logger.warning(
-            f"A first-layer weight will be shuffled about {expected:.1f} times in this run of {self._total_steps} "
-            f"steps (p = {self.probability:g}). In our small studies (docs/choosing_p.md) {ENOUGH_SHUFFLES} served, and at "
-            f"about 10 members and soup were worse than a single model. For {ENOUGH_SHUFFLES}: {advice}."
-        )
+        if self.mixer is not None and self._args.mixing == "wash":
+            said = too_few_shuffles(self._args, self._total_steps, self.probability)
+            if said is not None:
+                logger.warning(said)
 
     def mix(self, step: int) -> None:
         """*Collective.* The exchange after optimizer step `step`, counted from 1."""

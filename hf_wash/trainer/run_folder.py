@@ -63,6 +63,15 @@ def training_figures(folder: str | Path, run: str | None) -> dict[str, float]:
     return {key: found[key] for key in _FIGURES if type(found.get(key)) in (int, float)}
 
 
+def run_that_left(folder: str | Path) -> str | None:
+    """The run whose record is in a folder, beside the soup that it left there; `None` where there is none, or none is named."""
+    try:
+        run = read_json(Path(folder) / RUN_RECORD).get("run")
+    except (OSError, ValueError):
+        return None  # none, or damaged: it will be written anew
+    return run if isinstance(run, str) else None
+
+
 class MadeFolders:
     """
     The folders that a run is about to make, so that those that are empty can go when it is refused.

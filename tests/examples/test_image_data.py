@@ -160,7 +160,9 @@ def test_a_folder_with_a_single_class_says_so(tmp_path):
 def test_a_folder_without_classes_says_what_it_should_have(tmp_path):
     photo(tmp_path / "flat/1.png")
     photo(tmp_path / "flat/2.png")
-    with pytest.raises(ValueError, match=r"lie in no class's folder.*one folder of images for each class"):
+    with pytest.raises(
+        ValueError, match=r"lie in no class's folder\. It should have one folder of images for each class"
+    ):
         load_data(DataArguments(data_dir=str(tmp_path / "flat")))
     photo(tmp_path / "deep/cat/1.png")
     photo(tmp_path / "deep/dog/inside/1.png")

@@ -115,6 +115,21 @@ def test_a_new_run_in_a_folder_with_anothers_checkpoints_is_warned(tmp_path, say
     assert f"run {old[:8]} up to `checkpoint-12`" in told and "is replaced" in told and "They stay" in told
 
 
+def test_a_run_in_the_place_of_a_finished_one_is_told(tmp_path, say):
+    first = run(tmp_path, max_steps=2, save_strategy="no")
+    assert not [text for text in say() if "takes its place" in text]
+    first.save_model()
+    first.save_state()
+    run(tmp_path, max_steps=2, save_strategy="no")
+    (told,) = [text for text in say() if "takes its place" in text]
+    assert f"holds what run {first._run[:8]} left" in told
+    # A record that names none, or no text, costs nothing.
+    for damaged in ("{", '{"run": 3}', "{}"):
+        (tmp_path / "wash_run.json").write_text(damaged)
+        run(tmp_path, max_steps=2, save_strategy="no")
+    assert len([text for text in say() if "takes its place" in text]) == 1
+
+
 def test_a_run_that_writes_no_checkpoints_is_not_warned(tmp_path, say):
     run(tmp_path, max_steps=4)
     run(tmp_path, max_steps=1, save_strategy="no")

@@ -295,20 +295,21 @@ def draw_lines(look: Look, lines: Sequence[Mapping[str, Any]]) -> "Figure | None
     accurate = all(line.get("accuracy") is not None for line in lines)
     figure, axes = new_figure(look, 2.0 if accurate else 1.2, panels=2 if accurate else 1)
     panels = [("loss", "loss (nats)", 1.0), ("accuracy", "accuracy in %", 100.0)][: 2 if accurate else 1]
-    between = [line for line in lines if line["to"] != "soup"]
+    # Between members, and to the soup: each kind has its colour and line, and its own marks.
+    alike = {soup: [line for line in lines if (line["to"] == "soup") == soup] for soup in (True, False)}
     for each, (key, label, scale) in zip(axes if accurate else [axes], panels, strict=True):
         for line in lines:
             soup = line["to"] == "soup"
-            number = between.index(line) if not soup else 0
-            first_soup = soup and line is next(own for own in lines if own["to"] == "soup")
+            number = alike[soup].index(line)
             each.plot(
                 line["fractions"], [scale * value if value is not None else math.nan for value in line[key]],
                 color=look.soup if soup else look.ensemble,
                 linestyle="-" if soup else _DASHES[number % len(_DASHES)],
-                marker=None if soup else _MARKERS[number % len(_MARKERS)],
+                marker=_MARKERS[number % len(_MARKERS)],
                 markersize=4,
+                markerfacecolor=look.face if soup else look.ensemble,
                 linewidth=1.4 if soup else 1.6,
-                label=("a member to the soup, and beyond" if first_soup else None) if soup else f"{line['from']} to {line['to'].removeprefix('member ')}",
+                label=f"{line['from']} to the soup, and beyond" if soup else f"{line['from']} to {line['to'].removeprefix('member ')}",
             )  # fmt: skip
         if any(line["to"] == "soup" for line in lines):
             each.axvline(1.0, color=look.soup, linewidth=0.8, linestyle=":")
@@ -388,7 +389,12 @@ def draw_disagreement(look: Look, pairs: Sequence[Sequence[float]]) -> "Figure |
     figure, axes = new_figure(look, 1.15)
     percent = [[100 * value for value in row] for row in pairs]
     top = max(max(row) for row in percent) or 1.0
-    image = axes.imshow(percent, cmap=look.colormap, vmin=0, vmax=top)
+    # A member beside itself is no case of agreement: its place stays empty.
+    shown = [
+        [math.nan if row == column else value for column, value in enumerate(values)]
+        for row, values in enumerate(percent)
+    ]
+    image = axes.imshow(shown, cmap=look.colormap, vmin=0, vmax=top)
     if len(pairs) <= 8:
         for row, values in enumerate(percent):
             for column, value in enumerate(values):

@@ -1,6 +1,7 @@
 """A population that is reported on, on one process or several; what came of it, as JSON, from process 0."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -32,9 +33,14 @@ def main(folder: str, model: str) -> None:
             "survey": json.loads((Path(folder) / "report/measurements.json").read_text()),
             "plane": plane,
         }
-        print("OUTCOME " + json.dumps(outcome))
-    print(f"AFTER A FAILURE OF THE LAST PROCESS {trainer.args.process_index}: {surveyed_where_one_fails(trainer)}")
-    print(f"AFTER A FAILURE ON A PLANE {trainer.args.process_index}: {plane_where_one_fails(*place)}")
+        say("OUTCOME " + json.dumps(outcome))
+    say(f"AFTER A FAILURE OF THE LAST PROCESS {trainer.args.process_index}: {surveyed_where_one_fails(trainer)}")
+    say(f"AFTER A FAILURE ON A PLANE {trainer.args.process_index}: {plane_where_one_fails(*place)}")
+
+
+def say(text):
+    """In one write, or the lines of two processes run into each other."""
+    os.write(1, f"{text}\n".encode())
 
 
 def plane_where_one_fails(rank, world_size):

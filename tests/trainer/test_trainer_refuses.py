@@ -130,7 +130,9 @@ def test_a_run_too_short_for_its_probability_is_warned_about(tmp_path, monkeypat
     monkeypatch.setattr("hf_wash.trainer.mixing_run.logger.warning", said.append)
     population(tmp_path, shuffle_probability=0.5, max_steps=10, shuffle_stop=0.8, eval_strategy="no").train()
     (warning,) = (text for text in said if "first-layer weight" in text)
-    assert "about 4.0 times" in warning and f"{ENOUGH_SHUFFLES} served" in warning and "train longer" in warning
+    assert (
+        "about 4.0 times" in warning and f"{ENOUGH_SHUFFLES} shuffles served" in warning and "train longer" in warning
+    )
 
     said.clear()
     config = WashConfig(output_dir=str(tmp_path), shuffle_probability=0.1)

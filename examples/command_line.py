@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import TrainOutput
@@ -178,8 +178,15 @@ def name_report(folder: str) -> None:
 # ---- In the place of training ----------------------------------------------------------------------------------------
 
 
+# What the flags below stand in front of, as types have it.
+if TYPE_CHECKING:
+    from transformers import TrainingArguments as Configuration
+else:
+    Configuration = object
+
+
 @dataclass
-class InsteadOfTraining:
+class InsteadOfTraining(Configuration):
     """The flags for it, in front of a configuration, which is told what a CPU has no use for."""
 
     dry_run: bool = field(
@@ -198,11 +205,6 @@ class InsteadOfTraining:
         },
     )
 
-    if TYPE_CHECKING:
-        # What it stands in front of has.
-        resume_from_checkpoint: ClassVar[str | None]
-        device: ClassVar[Any]
-
     def __post_init__(self):
         if self.dry_run and self.resume_from_checkpoint:
             raise ValueError("--dry_run tries out a run from its beginning; leave --resume_from_checkpoint out.")
@@ -213,7 +215,7 @@ class InsteadOfTraining:
         if self.dry_run or self.verify_checkpoint:
             # Pushing would make a repository before anything is tried.
             self.push_to_hub = False
-        super().__post_init__()  # type: ignore[misc] # the configuration's
+        super().__post_init__()
         if self.device.type == "cpu":
             # Pinning is for copies to an accelerator; without one torch warns at every loader.
             self.dataloader_pin_memory = False

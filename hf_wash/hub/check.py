@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,27 +69,17 @@ def check_export(
     folder = Path(folder)
     kind = kind_of(model)
     weights = complete_weights(model, kind, state_dict)
-    with (
-        undisturbed(),
-        quiet(),
-        torch.no_grad(),
-        bar_of("loading the export back", total=5 if kind == "timm" else 4, quiet=not progress) as bar,
-    ):
+    with undisturbed(), quiet(), torch.no_grad():
         check = _Check(folder, model, kind, weights, guess_example(model) if example is None else example, tolerance)
-        bar.update()
-        check.safetensors()
-        bar.update()
-        if kind == "peft":
-            check.peft()
-        else:
-            check.transformers()
-        bar.update()
+        loaders = [check.safetensors, check.peft if kind == "peft" else check.transformers]
         if kind == "timm":
-            check.timm()
-            bar.update()
+            loaders.append(check.timm)
         if kind != "peft" and is_image_classifier(model) and check.takes_rgb_images():
-            check.pipeline(processing_class)
-        bar.update()
+            loaders.append(partial(check.pipeline, processing_class))
+        with bar_of("loading the export back", len(loaders), quiet=not progress) as bar:
+            for load in loaders:
+                load()
+                bar.update()
     return check.differences
 
 

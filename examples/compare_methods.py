@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from command_line import CommandLine, exits
+from comparison.cell import Cell
 from comparison.data import prepare
 from comparison.methods import BUDGETS, METHODS, label, rows
 from comparison.models import make_model
@@ -68,7 +69,11 @@ class SettingArguments:
         default=None, metadata={"help": "Minutes after which the rest is left to another call."}
     )
     record: str | None = field(
-        default=None, metadata={"help": "Where results.json is written to as well, such as docs/results/NAME.json."}
+        default=None,
+        metadata={
+            "help": "Where results.json is written to as well, such as docs/results/NAME.json. Cells that it holds "
+            "already are not run again."
+        },
     )
 
     def __post_init__(self):
@@ -151,8 +156,10 @@ def begin(arguments: SettingArguments, setting: Setting, script: str) -> tuple[R
     return runner, setting.length(steps_per_epoch), model, steps_per_epoch
 
 
-def run_all(runner: Runner, cells: list, arguments: SettingArguments) -> tuple[list[dict], int]:
+def run_all(runner: Runner, cells: list[Cell], arguments: SettingArguments) -> tuple[list[dict], int]:
     """Run cells, say what to expect before and what failed after; returns results and exit code."""
+    if arguments.record and cells and (taken := runner.adopt(arguments.record, cells[0].setting, cells)):
+        print(f"{taken} finished cells are taken from {arguments.record}.")
     left = [cell for cell in cells if runner.result_of(cell) is None]
     print(
         f"{len(cells)} cells, {len(left)} of them to run, {runner.jobs} at a time: about {in_words(runner.estimate(left))} "

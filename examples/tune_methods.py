@@ -13,7 +13,6 @@ budget, too, in three trials each.
 
 import statistics
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from command_line import CommandLine, exits
@@ -137,6 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine([SettingArguments, TuneArguments], __doc__)
     logging.set_verbosity_error()
     given, wanted = parser.parse_args_into_dataclasses(args=arguments)
+    given.record = given.record or str(RESULTS / f"tuning-{given.preset}.json")
     setting = given.setting().but(hold_out=HELD_OUT, evaluate_on="held_out")
     runner, steps, model, steps_per_epoch = begin(given, setting, "tune")
     rows, left_out = rows_of_trials(
@@ -150,13 +150,12 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     chosen = chosen_of(results, cells)
     kept = record("tuning", setting, steps, results, chosen=chosen)
-    path = Path(given.record or RESULTS / f"tuning-{setting.name}.json")
-    save(path, kept)
+    save(given.record, kept)
     for row, options in chosen.items():
         print(
             f"{row}: {describe({'mixing': METHODS[row.partition('@')[0].partition('-')[0]].options['mixing'], **options})}"
         )
-    print(f"Written to {path}.")
+    print(f"Written to {given.record}.")
     return code
 
 

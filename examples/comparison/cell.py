@@ -222,7 +222,7 @@ def run(cell: Cell, folder: Path, data: Data) -> dict[str, Any]:
     return found | measure_population(members, trainer.model, data, cell.setting, seed, recalibrated)
 
 
-def work_on(values: dict[str, Any], folder: str, result: str, data_folder: str, commit: str) -> None:
+def work_on(values: dict[str, Any], folder: str, result: str, data_folder: str, where: dict[str, str]) -> None:
     """
     What a process for one cell does.
 
@@ -231,7 +231,7 @@ def work_on(values: dict[str, Any], folder: str, result: str, data_folder: str, 
         folder (`str`): Its own; what would be printed goes into `log.txt` there.
         result (`str`): The file that its result is written to.
         data_folder (`str`): Where prepared data are kept.
-        commit (`str`): That of the checkout.
+        where (`dict`): The checkout's commit, and the machine; they become part of the result.
     """
     log = os.open(Path(folder) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -240,5 +240,5 @@ def work_on(values: dict[str, Any], folder: str, result: str, data_folder: str, 
     logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     cell = Cell.of(values)
-    found = run(cell, Path(folder), prepare(cell.setting, data_folder)) | {"commit": commit}
+    found = run(cell, Path(folder), prepare(cell.setting, data_folder)) | where
     write_whole(result, json.dumps(found, indent=1).encode())

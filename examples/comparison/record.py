@@ -74,27 +74,50 @@ def record(kind: str, setting: Setting, steps: int, cells: list[dict[str, Any]],
         cells (`list[dict]`): Their results.
         **more: What the kind adds.
     """
-    # A folder's cells may be of several calls, and of several commits.
+    # A folder's cells may be of several calls, commits and machines.
     commits = dict.fromkeys(cell.get("commit", "unknown") for cell in cells)
+    machines = dict.fromkeys(cell.get("machine", machine()) for cell in cells)
     return {
         "kind": kind,
         "setting": dataclasses.asdict(setting),
         "steps": steps,
         "command": command(),
         "commit": ", ".join(commits),
-        "machine": machine(),
+        "machine": "; and ".join(machines),
         **more,
-        "cells": [_rounded(cell) for cell in cells],
+        "cells": rounded(cells),
     }
 
 
-def _rounded(value: Any) -> Any:
-    """Six digits are more than any of it means, and less than a float takes."""
+def rounded(value: Any) -> Any:
+    """As a record has it: six digits are more than any of it means, and less than a float takes."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {name: _rounded(part) for name, part in value.items()}
-    return [_rounded(part) for part in value] if isinstance(value, list) else value
+        return {name: rounded(part) for name, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def recorded(path: str | Path, setting: Setting) -> list[tuple[Cell, dict[str, Any]]]:
+    """
+    The cells of a record, with their results; none if there is no such file, or if it is of another setting.
+
+    Args:
+        path (`str` or `Path`): That [`save`] wrote.
+        setting ([`Setting`]): Theirs.
+    """
+    if not Path(path).exists():
+        return []
+    kept = json.loads(Path(path).read_text())
+    if kept["setting"] != rounded(dataclasses.asdict(setting)):
+        return []
+    return [
+        (
+            Cell(*(result[name] for name in ("label", "method", "options", "seed", "steps")), setting),
+            {"machine": kept["machine"], **result},
+        )
+        for result in kept["cells"]
+    ]
 
 
 def save(path: str | Path, kept: dict[str, Any]) -> None:

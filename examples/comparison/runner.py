@@ -19,7 +19,7 @@ from hf_wash.files import write_whole
 from .cell import Cell, work_on
 from .methods import place_of
 from .models import make_model
-from .record import commit
+from .record import commit, machine, recorded, rounded
 from .setting import Setting
 
 
@@ -121,7 +121,7 @@ class Runner:
         self._work = self._seconds = 0.0
         self._shown = ""
         # That of the code which the processes load here, whatever is committed while they run.
-        self._commit = commit()
+        self._where = {"commit": commit(), "machine": machine()}
         self._processes = processes()
 
     def result_of(self, cell: Cell) -> dict[str, Any] | None:
@@ -132,13 +132,38 @@ class Runner:
             ValueError: if a cell of this name was run, or begun, with another setting.
         """
         spec = self.folder / cell.name / "cell.json"
-        if spec.exists() and json.loads(spec.read_text()) != json.loads(json.dumps(cell.as_dict())):
+        if spec.exists() and rounded(json.loads(spec.read_text())) != rounded(cell.as_dict()):
             raise ValueError(
                 f"The cell {cell.name} in {self.folder} was run with another setting; give another --output_dir, or "
                 f"remove {self.folder / cell.name} and {cell.name}.json."
             )
         path = self.folder / f"{cell.name}.json"
         return json.loads(path.read_text()) if path.exists() and spec.exists() else None
+
+    def adopt(self, path: str | Path, setting: Setting, wanted: list[Cell]) -> int:
+        """
+        Take what a record has of this setting, and the folder has not, for finished: a comparison goes on where another
+        machine, or a folder that is gone, left it.
+
+        Args:
+            path (`str` or `Path`): Of the record; there need not be one.
+            setting ([`Setting`]): That of all cells.
+            wanted (`list[Cell]`): What is about to be run: a recorded cell of the same name and other options is left.
+
+        Returns:
+            `int`: How many cells were taken.
+        """
+        specs = {cell.name: rounded(cell.as_dict()) for cell in wanted}
+        taken = 0
+        for cell, result in recorded(path, setting):
+            spec = rounded(cell.as_dict())
+            if (self.folder / cell.name).exists() or specs.get(cell.name, spec) != spec:
+                continue
+            (self.folder / cell.name).mkdir()
+            write_whole(self._result(cell), json.dumps(result, indent=1).encode())
+            write_whole(self.folder / cell.name / "cell.json", json.dumps(cell.as_dict()).encode())
+            taken += 1
+        return taken
 
     def finished(self, setting: Setting) -> tuple[list[dict[str, Any]], int]:
         """
@@ -207,7 +232,7 @@ class Runner:
         folder = self.folder / cell.name
         folder.mkdir(exist_ok=True)
         write_whole(folder / "cell.json", json.dumps(cell.as_dict()).encode())
-        arguments = (cell.as_dict(), str(folder), str(self._result(cell)), str(self.folder.parent), self._commit)
+        arguments = (cell.as_dict(), str(folder), str(self._result(cell)), str(self.folder.parent), self._where)
         process = self._processes.Process(target=work_on, args=arguments)
         process.start()
         one = Running(cell, process, folder)

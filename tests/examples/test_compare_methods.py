@@ -132,6 +132,33 @@ def test_a_finished_cell_is_not_run_again(compared, capsys):
     assert {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")} == before
 
 
+def test_cells_of_a_record_are_not_run_again_in_another_folder(compared, tmp_path, capsys):
+    first, arguments = compared
+    kept = json.loads((first / "results.json").read_text())
+    # What was recorded elsewhere of another setting of the same row is no answer.
+    kept["cells"][0]["options"]["shuffle_stop"] = 0.5
+    kept["machine"] = "another machine"
+    for cell in kept["cells"]:
+        del cell["machine"]
+    (tmp_path / "record.json").write_text(json.dumps(kept))
+    folder = tmp_path / "elsewhere"
+    moved = [str(folder) if word == str(first) else word for word in arguments]
+    assert compare_methods.main([*moved, "--record", str(tmp_path / "record.json")]) == 0
+    said = capsys.readouterr().out
+    assert "5 finished cells are taken from" in said and "6 cells, 1 of them to run" in said
+    found = json.loads((tmp_path / "record.json").read_text())
+    assert [cell["digest"] for cell in found["cells"] if "digest" in cell] == [
+        cell["digest"] for cell in json.loads((first / "results.json").read_text())["cells"] if "digest" in cell
+    ]
+    assert found["machine"].endswith("and another machine") and found["cells"][1]["machine"] == "another machine"
+    # A record of another setting is none of this folder's.
+    kept["setting"]["width"] += 1
+    (tmp_path / "other.json").write_text(json.dumps(kept))
+    empty = [str(tmp_path / "third") if word == str(first) else word for word in arguments]
+    assert compare_methods.main([*empty, "--record", str(tmp_path / "other.json"), "--time_limit", "0.0001"]) == 0
+    assert "taken from" not in capsys.readouterr().out.partition("6 of them to run")[0]
+
+
 def test_another_call_with_other_methods_adds_to_the_tables(compared, tmp_path, capsys):
     first, arguments = compared
     folder = tmp_path / "copy"

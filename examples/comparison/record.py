@@ -113,7 +113,7 @@ def recorded(path: str | Path, setting: Setting) -> list[tuple[Cell, dict[str, A
         return []
     return [
         (
-            Cell(*(result[name] for name in ("label", "method", "options", "seed", "steps")), setting),
+            Cell(result["label"], result["method"], result["options"], result["seed"], result["steps"], setting),
             {"machine": kept["machine"], **result},
         )
         for result in kept["cells"]

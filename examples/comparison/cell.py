@@ -5,12 +5,14 @@ A cell that was killed goes on from its newest checkpoint when it is run again. 
 the times aside.
 """
 
+import copy
 import dataclasses
 import json
 import math
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,9 @@ from hf_wash import WashConfig, WashTrainer
 from hf_wash.files import write_whole
 from hf_wash.population.overrides import papa_recipes
 
+from .beyond import make_known
 from .data import Data, prepare
-from .measure import measure_plain, measure_population
+from .measure import best_average, measure_plain, measure_population
 from .models import make_model
 from .setting import Setting
 
@@ -115,17 +118,36 @@ class Progress(TrainerCallback):
 
 
 class Averages(TrainerCallback):
-    """Moving averages of a plain run's weights (timm's `ModelEmaV3`), saved beside each checkpoint."""
+    """
+    Moving averages (timm's `ModelEmaV3`) of the weights of a plain run, or of the mean of a population's members, saved
+    beside each checkpoint.
+    """
 
     def __init__(self, folder: Path, steps: int):
         self._folder, self._steps = folder, steps
+        # Of the Trainer that this is given to.
+        self.members: Callable[[], list[nn.Module]] = list
+        self._mean: nn.Module | None = None
         self.models: dict[float, nn.Module] = {}
         self._averages: list[ModelEmaV3] = []
 
     def _path(self, step: int) -> Path:
         return self._folder / f"averages-{step:09}.pt"
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    @torch.no_grad()
+    def _averaged(self) -> nn.Module:
+        """The mean of the members; its BatchNorm statistics are those of the first."""
+        members = self.members()
+        if len(members) == 1:
+            return members[0]
+        if self._mean is None:
+            self._mean = copy.deepcopy(members[0])
+        for own in zip(self._mean.parameters(), *(member.parameters() for member in members), strict=True):
+            torch.mean(torch.stack(own[1:]), 0, out=own[0])
+        return self._mean
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        model = self._averaged()
         self._averages = [ModelEmaV3(model, decay=1 - 1 / max(2.0, span * self._steps)) for span in EMA_SPANS]
         self.models = {span: ema.module for span, ema in zip(EMA_SPANS, self._averages, strict=True)}
         if state.global_step:
@@ -133,7 +155,8 @@ class Averages(TrainerCallback):
             for average, weights in zip(self.models.values(), saved, strict=True):
                 average.load_state_dict(weights)
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args, state, control, **kwargs):
+        model = self._averaged()
         for average in self._averages:
             average.update(model, step=state.global_step)
         if control.should_save:
@@ -147,6 +170,7 @@ class Averages(TrainerCallback):
 def make_trainer(cell: Cell, data: Data, folder: Path, callbacks: list[TrainerCallback]) -> WashTrainer:
     """The Trainer of a cell."""
     setting = cell.setting
+    make_known(cell.options["mixing"])
     members = None
     if setting.recipes == "heterogeneous":
         members = papa_recipes(cell.size, len(data.label_names), seed=cell.seed, collate=data.collate)
@@ -202,7 +226,9 @@ def run(cell: Cell, folder: Path, data: Data) -> dict[str, Any]:
         member sends in a step, on average, and copies of the model); seconds of a step.
     """
     progress, averages = Progress(folder / "progress"), Averages(folder, cell.steps)
-    trainer = make_trainer(cell, data, folder, [progress, averages] if cell.size == 1 else [progress])
+    over_time = cell.size == 1 or cell.method == "wash_ema"
+    trainer = make_trainer(cell, data, folder, [progress, averages] if over_time else [progress])
+    averages.members = lambda: trainer.population.members
     trainer.train(resume_from_checkpoint="auto")
     members = trainer.population.members
     size = sum(p.numel() * p.element_size() for p in members[0].parameters() if p.requires_grad)
@@ -219,7 +245,10 @@ def run(cell: Cell, folder: Path, data: Data) -> dict[str, Any]:
     if cell.size == 1:
         return found | measure_plain(members[0], averages.models, data, cell.setting, seed)
     recalibrated = trainer.args.soup_batch_norm == "recalibrate"
-    return found | measure_population(members, trainer.model, data, cell.setting, seed, recalibrated)
+    soup = trainer.model
+    if averages.models:
+        found["ema_span"], soup = best_average(averages.models, data, cell.setting, seed)
+    return found | measure_population(members, soup, data, cell.setting, seed, recalibrated)
 
 
 def work_on(values: dict[str, Any], folder: str, result: str, data_folder: str, where: dict[str, str]) -> None:

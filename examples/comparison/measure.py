@@ -125,6 +125,22 @@ def measure_population(
     return found
 
 
+def best_average(averages: dict[float, nn.Module], data: Data, setting: Setting, seed: int) -> tuple[float, nn.Module]:
+    """
+    The best of some moving averages by held-out data, of equal ones the first, and how far it reaches back; all have
+    their BatchNorm estimated anew.
+
+    Args:
+        averages (`dict[float, nn.Module]`): By the part of the run that they reach back.
+        data ([`Data`]), setting ([`Setting`]), seed (`int`): Of the run.
+    """
+    for average in averages.values():
+        recalibrate(average, data, setting, seed)
+    logits, labels = logits_of(averages.values(), data, data.held_out)
+    scores = [accuracy(each, labels) for each in logits]
+    return list(averages.items())[scores.index(max(scores))]
+
+
 def measure_plain(
     model: nn.Module, averages: dict[float, nn.Module], data: Data, setting: Setting, seed: int
 ) -> dict[str, Any]:
@@ -136,26 +152,19 @@ def measure_plain(
         averages (`dict[float, nn.Module]`): Its moving averages, by the part of the run that they reach back.
         data ([`Data`]), setting ([`Setting`]), seed (`int`): Of the run.
     """
-    for average in averages.values():
-        recalibrate(average, data, setting, seed)
-    logits, labels = logits_of([model, *averages.values()], data, data.held_out)
-    scores = [accuracy(each, labels) for each in logits]
-    best = max(range(len(averages)), key=lambda index: scores[1 + index])
-    span, average = list(averages.items())[best]
+    span, average = best_average(averages, data, setting, seed)
+    logits, labels = logits_of([model, average], data, data.held_out)
+    own, of_average = (accuracy(each, labels) for each in logits)
     found: dict[str, Any] = {
-        "held_out": {"members": [scores[0]], "soup": scores[0], "ema": scores[1 + best]},
+        "held_out": {"members": [own], "soup": own, "ema": of_average},
         "ema_span": span,
         "digest": digest(model, *averages.values()),
     }
     if setting.evaluate_on == "test":
         logits, labels = logits_of([model, average], data, data.test)
-        own, of_average = logits
-        found["accuracy"] = {
-            "members": [accuracy(own, labels)],
-            "soup": accuracy(own, labels),
-            "ema": accuracy(of_average, labels),
-        }
-        found |= {"hits": hits(own, labels), "ema_hits": hits(of_average, labels), "test_size": len(labels)}
+        own, of_average = (accuracy(each, labels) for each in logits)
+        found["accuracy"] = {"members": [own], "soup": own, "ema": of_average}
+        found |= {"hits": hits(logits[0], labels), "ema_hits": hits(logits[1], labels), "test_size": len(labels)}
     found["train_accuracy"] = accuracy_on_training_data([model], data)
     return found
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from .methods import BUDGETS, METHODS, describe, for_budget
+from .beyond import ALL, VARIANTS, advised
+from .methods import BUDGETS, describe, for_budget
 from .setting import Setting
 from .tables import Row, difference, markdown, short, spread
 
@@ -28,11 +29,6 @@ class Study:
 
     question: str
     rows: Runs | None
-
-
-def advised(steps: int) -> dict[str, Any]:
-    """What the documentation advises: about 140 shuffles of a first-layer weight, until three quarters of the run."""
-    return {"shuffle_probability": round(min(0.5, 140 / steps), 6), "shuffle_stop": 0.75}
 
 
 def _wash(*options: dict[str, Any]) -> Runs:
@@ -95,6 +91,14 @@ STUDIES = {
             for how in ("recalibrate", "average")
         ],
     ),
+    "beyond": Study(
+        "Does WASH gain by what its paper does not have: a p that falls, averagings at the end, whole rows, or a moving "
+        "average of the averaged model?",
+        lambda steps: (
+            [("wash", advised(steps), steps)]
+            + [(name, advised(steps) if name == "wash_ema" else {}, steps) for name in VARIANTS]
+        ),
+    ),
     "equal_bytes": Study("At equal bytes, how does p compare with the others' intervals?", None),
 }
 
@@ -132,7 +136,7 @@ def cells_of_study(
         options = {option: value for option, value in options.items() if same.get(option) != value}
         words = [method, *(f"{option}={value}" for option, value in sorted(options.items())), f"steps={length}"]
         label = "-".join(words).replace("shuffle_", "").replace("average_", "")
-        found.append((label, method, {**METHODS[method].options, **options}, length))
+        found.append((label, method, {**ALL[method].options, **options}, length))
     return found
 
 
@@ -141,7 +145,7 @@ def titled(cell: dict[str, Any], population_size: int, steps: int) -> str:
     options = {"shuffle_stop": 1.0, **cell["options"]} if cell["options"]["mixing"] == "wash" else cell["options"]
     said = describe(options)
     size = options.get("population_size", population_size)
-    words = [METHODS[cell["method"]].title + ("+Opt" if options.get("shuffle_optimizer_state") else "")]
+    words = [ALL[cell["method"]].title + ("+Opt" if options.get("shuffle_optimizer_state") else "")]
     words += [said] if said else []
     words += [f"N = {size}"] if "N = " not in said else []
     words += [f"{cell['steps']} steps"] if cell["steps"] != steps else []

@@ -144,10 +144,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for reason in left_out:
         print(f"Left out: {reason}")
-    cells = cells_for(rows, wanted.seeds, setting)
-    results, code = run_all(runner, cells, given)
+    results, code = run_all(runner, cells_for(rows, wanted.seeds, setting), given)
     if not results:
         return code
+    # What earlier calls found for other methods stays.
+    budgets = sorted({*BUDGETS, *wanted.budgets})
+    rows, _ = rows_of_trials(TUNABLE, budgets, setting.population_size, steps, steps_per_epoch, model)
+    cells = cells_for(rows, wanted.seeds, setting)
+    results = [found for cell in cells if (found := runner.result_of(cell)) is not None]
     chosen = chosen_of(results, cells)
     kept = record("tuning", setting, steps, results, chosen=chosen)
     save(given.record, kept)

@@ -189,6 +189,30 @@ def test_another_call_with_other_methods_adds_to_the_tables(compared, tmp_path, 
     )
 
 
+def test_another_call_tunes_another_method_and_what_was_chosen_before_stays(photos, tmp_path):
+    arguments = [
+        "--data_dir",
+        str(photos),
+        "--max_steps",
+        "6",
+        "--population_size",
+        "2",
+        "--budgets",
+        "0.5",
+        "--jobs",
+        "2",
+    ]
+    kept = {}
+    for method in ("sparta", "wash"):
+        # Another folder: what was found before is in the record alone.
+        folder, record = str(tmp_path / method), str(tmp_path / "record.json")
+        assert tune_methods.main([*arguments, "--methods", method, "--output_dir", folder, "--record", record]) == 0
+        kept[method] = json.loads(Path(record).read_text())
+    assert list(kept["sparta"]["chosen"]) == ["sparta-tuned"] and len(kept["sparta"]["cells"]) == 6
+    assert sorted(kept["wash"]["chosen"]) == ["sparta-tuned", "wash-tuned"] and len(kept["wash"]["cells"]) == 12
+    assert kept["wash"]["chosen"]["sparta-tuned"] == kept["sparta"]["chosen"]["sparta-tuned"]
+
+
 def test_a_cell_of_another_setting_is_not_taken_for_this_one(compared):
     _, arguments = compared
     changed = ["4" if word == "3" and arguments[index - 1] == "--max_steps" else word

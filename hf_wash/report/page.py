@@ -230,7 +230,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         facts.append(("consensus distance at the end", _plain(distances[-1])))
     own = sent.get(run.method)
     if own:
-        facts.append(("less sent than by DDP", f"{sent['DDP'] / own:,.3g} ×"))
+        facts.append(("less exchanged than DDP would send", f"{sent['DDP'] / own:,.3g} ×"))
     return facts
 
 

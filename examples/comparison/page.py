@@ -35,7 +35,7 @@ differs. Accuracies are those of test images on which nothing was chosen, mean �
   pulls at the first batch of each epoch, sends no less than that.
 - *consensus distance*: sqrt(1/N · Σ ‖θ_n − θ̄‖²) at the end. *training data*: the members' accuracy on what they were
   trained on, to be held against the test's. *ms a step*: of all members, one after the other on one thread, on a machine
-  that was shared with other runs: an order of magnitude.
+  that was shared with other runs, the median over seeds: an order of magnitude.
 - *one model*: a plain run; *N × the steps* costs as much compute as the population. *its EMA*: the best by held-out images
   of three exponential moving averages of its weights, over 1, 5 and 20 % of the run.
 - *published*: the settings of the methods' authors ([the peers](peers.md)), made for runs that are tens to hundreds of times

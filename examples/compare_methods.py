@@ -14,6 +14,7 @@ from its checkpoint. Tables and picture are of all finished cells of the folder 
 can be added by another call.
 """
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +24,9 @@ import torch
 from command_line import CommandLine, exits
 from comparison.cell import Cell
 from comparison.data import prepare
-from comparison.methods import BUDGETS, METHODS, label, rows
+from comparison.methods import BUDGETS, METHODS, label, place_of, rows
 from comparison.models import make_model
-from comparison.record import cells_for, record, save, tuned_settings
+from comparison.record import cells_for, earlier, merged, record, save, tuning_record
 from comparison.runner import Runner, available_cores, in_words, step_seconds
 from comparison.setting import MODELS, PRESETS, RECIPES, Setting
 from comparison.tables import comparison_csv, comparison_table, rows_of, verdict
@@ -71,8 +72,8 @@ class SettingArguments:
     record: str | None = field(
         default=None,
         metadata={
-            "help": "Where results.json is written to as well, such as docs/results/NAME.json. Cells that it holds "
-            "already are not run again."
+            "help": "Where results.json is written to as well, such as docs/results/NAME.json. Cells that are in it "
+            "already are not run again, and stay in it."
         },
     )
 
@@ -123,8 +124,13 @@ class CompareArguments:
         metadata={"help": "Copies of the model that a member sends in a step. Default: 0.01 0.04 0.1."},
     )
     seeds: int = field(default=3, metadata={"help": "Seeds for each row."})
+    tuning: str | None = field(
+        default=None, metadata={"help": "What tune_methods.py found. Default: docs/results/tuning-PRESET.json."}
+    )
 
     def __post_init__(self):
+        if self.tuning is not None and not Path(self.tuning).is_file():
+            raise ValueError(f"--tuning {self.tuning}: there is no such file.")
         for name, known in (("methods", METHODS), ("kinds", KINDS)):
             for value in getattr(self, name):
                 if value not in known:
@@ -156,9 +162,14 @@ def begin(arguments: SettingArguments, setting: Setting, script: str) -> tuple[R
     return runner, setting.length(steps_per_epoch), model, steps_per_epoch
 
 
-def run_all(runner: Runner, cells: list[Cell], arguments: SettingArguments) -> tuple[list[dict], int]:
-    """Run cells, say what to expect before and what failed after; returns results and exit code."""
-    if arguments.record and cells and (taken := runner.adopt(arguments.record, cells[0].setting, cells)):
+def run_all(
+    runner: Runner, cells: list[Cell], arguments: SettingArguments, before: dict[str, Any] | None
+) -> tuple[list[dict], int]:
+    """
+    Run cells that are in no record of `before`, say what to expect before and what failed after; returns results and exit
+    code.
+    """
+    if before is not None and (taken := runner.adopt(before["cells"], cells)):
         print(f"{taken} finished cells are taken from {arguments.record}.")
     left = [cell for cell in cells if runner.result_of(cell) is None]
     print(
@@ -191,6 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.set_verbosity_error()
     given, chosen = parser.parse_args_into_dataclasses(args=arguments)
     setting = given.setting()
+    before = earlier(given.record, "comparison", setting)
+    tuning = Path(chosen.tuning or tuning_record(setting))
     runner, steps, model, steps_per_epoch = begin(given, setting, "compare")
     wanted, left_out = rows(
         chosen.methods,
@@ -200,29 +213,30 @@ def main(arguments: list[str] | None = None) -> int:
         steps,
         steps_per_epoch,
         model,
-        tuned_settings(setting),
+        json.loads(tuning.read_text())["chosen"] if tuning.exists() else {},
     )
     for reason in left_out:
         print(f"Left out: {reason}")
-    results, code = run_all(runner, cells_for(wanted, chosen.seeds, setting), given)
+    cells = cells_for(wanted, chosen.seeds, setting)
+    results, code = run_all(runner, cells, given, before)
     if not results:
         return code
-    every, others = runner.finished(setting)
-    kept = record("comparison", setting, steps, every)
-    earlier = len(every) - len(results)
-    if earlier:
-        kept["command"] += " # and earlier calls with other rows or seeds"
+    found, others = runner.finished(setting)
+    every = merged(found, before, cells)
+    every.sort(key=lambda cell: (cell["seed"], *place_of(cell["method"], cell["label"])))
+    more = len(every) - len(results)
+    kept = record("comparison", setting, steps, every, earlier_cells=more)
     write(runner.folder.parent, kept, given.record)
-    found = rows_of(kept["cells"], setting.population_size)
-    print(f"\n{comparison_table(found)}\n")
-    by_label = {row.label: row for row in found}
+    table = rows_of(kept["cells"], setting.population_size)
+    print(f"\n{comparison_table(table)}\n")
+    by_label = {row.label: row for row in table}
     ours = by_label.get(label("wash", "tuned")) or by_label.get(label("wash", "default"))
     if ours is not None and chosen.seeds > 1:
-        for row in (row for row in found if row is not ours):
+        for row in (row for row in table if row is not ours):
             print(verdict(ours, row))
     print(f"\nTables, picture and record, of all {len(every)} finished cells of this setting: {runner.folder.parent}")
-    if earlier:
-        print(f"{earlier} of them are of earlier calls.")
+    if more:
+        print(f"{more} of them are of earlier calls.")
     if others:
         print(f"Left out: {others} finished cells of another setting.")
     return code

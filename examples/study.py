@@ -8,7 +8,7 @@ the preset has it.
     python examples/study.py --preset glyphs-short --list                       # what there is
 
 Cells are kept as in `compare_methods.py`, and resumed. Cells that studies share are run once. The record is written to
-`docs/results/study-PRESET.json` with `--record`, for `results_page.py`.
+`docs/results/study-PRESET.json` with `--record`, for `results_page.py`; the studies that are in it already stay.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from typing import Any
 
 from command_line import CommandLine, exits
 from compare_methods import SettingArguments, begin, run_all
-from comparison.record import cells_for, record, save
+from comparison.record import cells_for, earlier, merged, record, save
 from comparison.studies import STUDIES, cells_of_study, tables_of
 from transformers.utils import logging
 
@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: {STUDIES[name].question}")
         return 0
     setting = given.setting()
+    before = earlier(given.record, "study", setting)
     runner, steps, model, steps_per_epoch = begin(given, setting, "study")
     rows: dict[str, tuple[str, str, dict[str, Any], int]] = {}
     members: dict[str, list[str]] = {}
@@ -56,10 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
         found = cells_of_study(name, setting, steps, steps_per_epoch, model)
         members[name] = [row[0] for row in found]
         rows |= {row[0]: row for row in found}
-    results, code = run_all(runner, cells_for(list(rows.values()), wanted.seeds, setting), given)
+    cells = cells_for(list(rows.values()), wanted.seeds, setting)
+    results, code = run_all(runner, cells, given, before)
     if not results:
         return code
-    kept = record("study", setting, steps, results, studies=members)
+    every = merged(results, before, cells)
+    members = {**(before["studies"] if before is not None else {}), **members}
+    members = {name: members[name] for name in STUDIES if name in members}
+    kept = record("study", setting, steps, every, earlier_cells=len(every) - len(results), studies=members)
     save(runner.folder.parent / "results.json", kept)
     if given.record:
         save(given.record, kept)

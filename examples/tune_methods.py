@@ -6,13 +6,16 @@ by held-out training data; the test set is not looked at.
     python examples/tune_methods.py --preset glyphs-short
     python examples/tune_methods.py --preset glyphs-long --methods wash papa --time_limit 60
 
-The raw results and what was chosen are written to `docs/results/tuning-PRESET.json`, which `compare_methods.py` reads.
+The raw results and what was chosen are written to `docs/results/tuning-PRESET.json`, which `compare_methods.py` reads; of
+other data, model or length than the preset's to `OUTPUT_DIR/tuning.json`, for its `--tuning`; or to `--record`, whose
+cells are not run again. What was tuned before in other rows stays there.
 What is free at a fixed number of bytes (when to stop a shuffle, PAPA's α, DiLoCo's outer learning rate) is tuned for each
 budget, too, in three trials each.
 """
 
 import statistics
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from command_line import CommandLine, exits
@@ -29,7 +32,8 @@ from comparison.methods import (
     most_copies,
     trials,
 )
-from comparison.record import RESULTS, cells_for, record, save
+from comparison.record import cells_for, earlier, merged, record, save, tuning_record
+from comparison.setting import PRESETS
 from torch import nn
 from transformers.utils import logging
 
@@ -80,7 +84,7 @@ def rows_of_trials(
     left_out = []
 
     def add(name: str, kind: str, options: dict[str, Any]) -> None:
-        number = 1 + sum(row.rpartition(".")[0] == label(name, kind) for row, *_ in found)
+        number = 1 + sum(row_of(row) == label(name, kind) for row, *_ in found)
         found.append((f"{label(name, kind)}.{number}", name, {**METHODS[name].options, **options}, steps))
 
     for name in names:
@@ -99,6 +103,11 @@ def rows_of_trials(
     return found, left_out
 
 
+def row_of(label: str) -> str:
+    """The row that a trial is for."""
+    return label.rpartition(".")[0]
+
+
 def chosen_of(results: list[dict[str, Any]], cells: list[Cell]) -> dict[str, dict[str, Any]]:
     """
     For each row of a comparison of which all trials are finished (equal effort for all), the options of the trial with
@@ -109,11 +118,11 @@ def chosen_of(results: list[dict[str, Any]], cells: list[Cell]) -> dict[str, dic
         cells (`list[Cell]`): All.
     """
     finished = {(result["label"], result["seed"]) for result in results}
-    unfinished = {cell.label.rpartition(".")[0] for cell in cells if (cell.label, cell.seed) not in finished}
+    unfinished = {row_of(cell.label) for cell in cells if (cell.label, cell.seed) not in finished}
     scores: dict[str, dict[str, list[float]]] = {}
     options: dict[str, dict[str, Any]] = {}
     for result in results:
-        row, _, _ = result["label"].rpartition(".")
+        row = row_of(result["label"])
         if row in unfinished:
             continue
         scores.setdefault(row, {}).setdefault(result["label"], []).append(result["held_out"]["soup"])
@@ -136,30 +145,37 @@ def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine([SettingArguments, TuneArguments], __doc__)
     logging.set_verbosity_error()
     given, wanted = parser.parse_args_into_dataclasses(args=arguments)
-    given.record = given.record or str(RESULTS / f"tuning-{given.preset}.json")
-    setting = given.setting().but(hold_out=HELD_OUT, evaluate_on="held_out")
+    setting = given.setting()
+    if given.record is not None:
+        path = Path(given.record)
+    elif setting == PRESETS[given.preset]:
+        path = tuning_record(setting)
+    else:
+        path = Path(given.output_dir or f"outputs/tune-{given.preset}") / "tuning.json"
+    setting = setting.but(hold_out=HELD_OUT, evaluate_on="held_out")
+    before = earlier(path, "tuning", setting)
     runner, steps, model, steps_per_epoch = begin(given, setting, "tune")
     rows, left_out = rows_of_trials(
         wanted.methods, wanted.budgets, setting.population_size, steps, steps_per_epoch, model
     )
     for reason in left_out:
         print(f"Left out: {reason}")
-    results, code = run_all(runner, cells_for(rows, wanted.seeds, setting), given)
+    cells = cells_for(rows, wanted.seeds, setting)
+    # A tuning that is asked for without naming a record is made, not looked up.
+    results, code = run_all(runner, cells, given, before if given.record else None)
     if not results:
         return code
-    # What earlier calls found for other methods stays.
-    budgets = sorted({*BUDGETS, *wanted.budgets})
-    rows, _ = rows_of_trials(TUNABLE, budgets, setting.population_size, steps, steps_per_epoch, model)
-    cells = cells_for(rows, wanted.seeds, setting)
-    results = [found for cell in cells if (found := runner.result_of(cell)) is not None]
-    chosen = chosen_of(results, cells)
-    kept = record("tuning", setting, steps, results, chosen=chosen)
-    save(given.record, kept)
+    every = merged(results, before, cells)
+    own = {row_of(cell.label) for cell in cells}
+    chosen = {row: options for row, options in (before or {"chosen": {}})["chosen"].items() if row not in own}
+    chosen |= chosen_of([result for result in every if row_of(result["label"]) in own], cells)
+    kept = record("tuning", setting, steps, every, earlier_cells=len(every) - len(results), chosen=chosen)
+    save(path, kept)
     for row, options in chosen.items():
         print(
             f"{row}: {describe({'mixing': METHODS[row.partition('@')[0].partition('-')[0]].options['mixing'], **options})}"
         )
-    print(f"Written to {given.record}.")
+    print(f"Written to {path}.")
     return code
 
 

@@ -6,6 +6,7 @@ All take the p of the run's length that the documentation advises, and shuffle a
 three quarters of the run.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from .methods import METHODS, Method
 
 
 STOP = 0.75
-# How often p falls, and how often members are averaged after the last shuffle.
+# How often p falls, and how often members are averaged after the last shuffle, at most.
 STAGES, AVERAGINGS = 10, 7
 
 VARIANTS = {
@@ -117,8 +118,8 @@ def _falling(members: Sequence[nn.Module], args: Any, times: Any) -> InTurn:
 
 
 def _then_mean(members: Sequence[nn.Module], args: Any, times: Any) -> InTurn:
-    steps, last = args.max_steps, round(STOP * args.max_steps)
-    interval = max(1, (steps - last) // AVERAGINGS)
+    steps, last = args.max_steps, int(STOP * args.max_steps)
+    interval = math.ceil((steps - last) / AVERAGINGS)
     shuffles = WashMixer(list(members), probability=advised(steps)["shuffle_probability"], seed=args.seed)
     # The last step is one.
     first = last + 1 + (steps - last - 1) % interval
@@ -128,7 +129,7 @@ def _then_mean(members: Sequence[nn.Module], args: Any, times: Any) -> InTurn:
 
 def _rows(members: Sequence[nn.Module], args: Any, times: Any) -> RowMixer:
     steps = args.max_steps
-    return RowMixer(members, advised(steps)["shuffle_probability"], round(STOP * steps), args.seed)
+    return RowMixer(members, advised(steps)["shuffle_probability"], int(STOP * steps), args.seed)
 
 
 _MAKE = {"wash_falling": _falling, "wash_then_mean": _then_mean, "wash_rows": _rows}

@@ -29,7 +29,7 @@ from hf_wash.population.overrides import papa_recipes
 
 from .beyond import make_known
 from .data import Data, prepare
-from .measure import best_average, measure_plain, measure_population
+from .measure import best_average, consensus_distance, measure_plain, measure_population
 from .models import make_model
 from .setting import Setting
 
@@ -47,7 +47,7 @@ class Cell:
 
     Args:
         label (`str`): Of its row.
-        method (`str`): A key of `METHODS`.
+        method (`str`): A key of `METHODS`, or of the variants in `beyond`.
         options (`dict`): Of `WashConfig`.
         seed (`int`): The comparison's; a member's is 1000 times this and its index.
         steps (`int`): Optimizer steps of a member.
@@ -136,7 +136,7 @@ class Averages(TrainerCallback):
 
     @torch.no_grad()
     def _averaged(self) -> nn.Module:
-        """The mean of the members; its BatchNorm statistics are those of the first."""
+        """The mean of the members; its buffers (BatchNorm's statistics) are those of the first."""
         members = self.members()
         if len(members) == 1:
             return members[0]
@@ -144,6 +144,8 @@ class Averages(TrainerCallback):
             self._mean = copy.deepcopy(members[0])
         for own in zip(self._mean.parameters(), *(member.parameters() for member in members), strict=True):
             torch.mean(torch.stack(own[1:]), 0, out=own[0])
+        for buffer, of_first in zip(self._mean.buffers(), members[0].buffers(), strict=True):
+            buffer.copy_(of_first)
         return self._mean
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -248,7 +250,9 @@ def run(cell: Cell, folder: Path, data: Data) -> dict[str, Any]:
     soup = trainer.model
     if averages.models:
         found["ema_span"], soup = best_average(averages.models, data, cell.setting, seed)
-    return found | measure_population(members, soup, data, cell.setting, seed, recalibrated)
+    found |= measure_population(members, soup, data, cell.setting, seed, recalibrated)
+    # Of the members from their mean, whatever is served.
+    return found | {"consensus_distance": consensus_distance(members, trainer.model)}
 
 
 def work_on(values: dict[str, Any], folder: str, result: str, data_folder: str, where: dict[str, str]) -> None:

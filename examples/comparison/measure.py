@@ -100,7 +100,7 @@ def measure_population(
         logits, labels = logits_of([scratch], data, data.held_out)
         return accuracy(logits[0], labels)
 
-    found: dict[str, Any] = {"consensus_distance": consensus_distance(members, soup), "digest": digest(soup)}
+    found: dict[str, Any] = {"digest": digest(soup)}
     parts = {"held_out": data.held_out}
     if setting.evaluate_on == "test":
         weights, record = greedy_soup(members, held_out_accuracy)

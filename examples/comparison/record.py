@@ -64,7 +64,9 @@ def command() -> str:
     return " ".join(["python", f"examples/{Path(sys.argv[0]).name}", *words])
 
 
-def record(kind: str, setting: Setting, steps: int, cells: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+def record(
+    kind: str, setting: Setting, steps: int, cells: list[dict[str, Any]], earlier_cells: int = 0, **more: Any
+) -> dict[str, Any]:
     """
     All that is kept.
 
@@ -72,6 +74,7 @@ def record(kind: str, setting: Setting, steps: int, cells: list[dict[str, Any]],
         kind (`str`): `comparison`, `study` or `tuning`.
         setting ([`Setting`]), steps (`int`): What all cells share.
         cells (`list[dict]`): Their results.
+        earlier_cells (`int`): How many of them are not of the command that is run.
         **more: What the kind adds.
     """
     # A folder's cells may be of several calls, commits and machines.
@@ -81,7 +84,7 @@ def record(kind: str, setting: Setting, steps: int, cells: list[dict[str, Any]],
         "kind": kind,
         "setting": dataclasses.asdict(setting),
         "steps": steps,
-        "command": command(),
+        "command": command() + (" # and earlier calls with other rows or seeds" if earlier_cells else ""),
         "commit": ", ".join(commits),
         "machine": "; and ".join(machines),
         **more,
@@ -98,26 +101,57 @@ def rounded(value: Any) -> Any:
     return [rounded(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def recorded(path: str | Path, setting: Setting) -> list[tuple[Cell, dict[str, Any]]]:
+def earlier(path: str | Path | None, kind: str, setting: Setting) -> dict[str, Any] | None:
     """
-    The cells of a record, with their results; none if there is no such file, or if it is of another setting.
+    A record that a call is about to add to; `None` if there is none. Its cells say where and with what they were run.
 
     Args:
-        path (`str` or `Path`): That [`save`] wrote.
-        setting ([`Setting`]): Theirs.
+        path (`str` or `Path`, *optional*): Of the record.
+        kind (`str`), setting ([`Setting`]): What the call is about to write there.
+
+    Raises:
+        ValueError: if what is there is something else, which would be lost.
     """
-    if not Path(path).exists():
-        return []
-    kept = json.loads(Path(path).read_text())
-    if kept["setting"] != rounded(dataclasses.asdict(setting)):
-        return []
-    return [
-        (
-            Cell(result["label"], result["method"], result["options"], result["seed"], result["steps"], setting),
-            {"machine": kept["machine"], **result},
-        )
-        for result in kept["cells"]
+    if path is None or not Path(path).exists():
+        return None
+    try:
+        kept = json.loads(Path(path).read_text())
+        found, own = kept["kind"], rounded(kept["setting"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no record of a {kind}: give another --record.") from error
+    if found != kind:
+        raise ValueError(f"{path} is the record of a {found}, and this is a {kind}: give another --record.")
+    other = [name for name, value in rounded(dataclasses.asdict(setting)).items() if own.get(name) != value]
+    if other:
+        raise ValueError(f"{path} is a record with another {', '.join(other)}: give another --record.")
+    where = {"commit": kept["commit"], "machine": kept["machine"]}
+    return {
+        **kept,
+        "cells": [cell | {name: cell.get(name, value) for name, value in where.items()} for cell in kept["cells"]],
+    }
+
+
+def merged(results: list[dict[str, Any]], before: dict[str, Any] | None, cells: list[Cell]) -> list[dict[str, Any]]:
+    """
+    Results, and those cells of an earlier record that they do not replace.
+
+    Args:
+        results (`list[dict]`): Of this call.
+        before (`dict`, *optional*): From [`earlier`].
+        cells (`list[Cell]`): Of this call: what was recorded of the same row with other options is left out.
+    """
+    wanted = {cell.label: spec_of(cell.as_dict()) for cell in cells}
+    known = {(result["label"], result["seed"]) for result in results}
+    return results + [
+        cell
+        for cell in (before["cells"] if before is not None else ())
+        if (cell["label"], cell["seed"]) not in known and wanted.get(cell["label"], spec_of(cell)) == spec_of(cell)
     ]
+
+
+def spec_of(cell: dict[str, Any]) -> dict[str, Any]:
+    """What all cells of a row share, as a record has it."""
+    return {name: rounded(cell[name]) for name in ("label", "method", "options", "steps")}
 
 
 def save(path: str | Path, kept: dict[str, Any]) -> None:
@@ -128,16 +162,9 @@ def save(path: str | Path, kept: dict[str, Any]) -> None:
     write_whole(path, f'{text},\n "cells": [\n{lines}\n ]\n}}\n'.encode())
 
 
-def tuned_settings(setting: Setting, folder: Path = RESULTS) -> dict[str, Any]:
-    """
-    What was chosen for a preset, by row; empty where nothing was tuned.
-
-    Args:
-        setting ([`Setting`]): Of the preset.
-        folder (`Path`): With the records.
-    """
-    path = folder / f"tuning-{setting.name}.json"
-    return json.loads(path.read_text())["chosen"] if path.exists() else {}
+def tuning_record(setting: Setting) -> Path:
+    """Where what was tuned for a preset is kept."""
+    return RESULTS / f"tuning-{setting.name}.json"
 
 
 def cells_for(rows: list[tuple[str, str, dict[str, Any], int]], seeds: int, setting: Setting) -> list[Cell]:

@@ -17,9 +17,9 @@ import torch
 from hf_wash.files import write_whole
 
 from .cell import Cell, work_on
-from .methods import place_of
+from .methods import METHODS
 from .models import make_model
-from .record import commit, machine, recorded, rounded
+from .record import commit, machine, rounded, spec_of
 from .setting import Setting
 
 
@@ -140,26 +140,25 @@ class Runner:
         path = self.folder / f"{cell.name}.json"
         return json.loads(path.read_text()) if path.exists() and spec.exists() else None
 
-    def adopt(self, path: str | Path, setting: Setting, wanted: list[Cell]) -> int:
+    def adopt(self, results: list[dict[str, Any]], cells: list[Cell]) -> int:
         """
-        Take what a record has of this setting, and the folder has not, for finished: a comparison goes on where another
-        machine, or a folder that is gone, left it.
+        Take results that are known from elsewhere for finished: a comparison goes on where another machine, or a folder that
+        is gone, left it.
 
         Args:
-            path (`str` or `Path`): Of the record; there need not be one.
-            setting ([`Setting`]): That of all cells.
-            wanted (`list[Cell]`): What is about to be run: a recorded cell of the same name and other options is left.
+            results (`list[dict]`): Of the same setting as the cells.
+            cells (`list[Cell]`): What is about to be run.
 
         Returns:
-            `int`: How many cells were taken.
+            `int`: How many cells of these are finished now. One that was run with other options is not.
         """
-        specs = {cell.name: rounded(cell.as_dict()) for cell in wanted}
+        known = {(result["label"], result["seed"]): result for result in results}
         taken = 0
-        for cell, result in recorded(path, setting):
-            spec = rounded(cell.as_dict())
-            if (self.folder / cell.name).exists() or specs.get(cell.name, spec) != spec:
+        for cell in cells:
+            result = known.get((cell.label, cell.seed))
+            if result is None or spec_of(result) != spec_of(cell.as_dict()) or self.result_of(cell) is not None:
                 continue
-            (self.folder / cell.name).mkdir()
+            (self.folder / cell.name).mkdir(exist_ok=True)
             write_whole(self._result(cell), json.dumps(result, indent=1).encode())
             write_whole(self.folder / cell.name / "cell.json", json.dumps(cell.as_dict()).encode())
             taken += 1
@@ -173,7 +172,7 @@ class Runner:
             setting ([`Setting`]): Theirs.
 
         Returns:
-            `tuple[list[dict], int]`: Those of this setting, in a comparison's order; how many have another one.
+            `tuple[list[dict], int]`: Those of this setting, of methods that are compared; how many have another setting.
         """
         wanted = json.loads(json.dumps(dataclasses.asdict(setting)))
         found, others = [], 0
@@ -181,11 +180,11 @@ class Runner:
             spec = self.folder / path.stem / "cell.json"
             if not spec.exists():
                 continue
-            if json.loads(spec.read_text())["setting"] == wanted:
-                found.append(json.loads(path.read_text()))
-            else:
+            if json.loads(spec.read_text())["setting"] != wanted:
                 others += 1
-        return sorted(found, key=lambda cell: (cell["seed"], *place_of(cell["method"], cell["label"]))), others
+            elif (result := json.loads(path.read_text()))["method"] in METHODS:
+                found.append(result)
+        return found, others
 
     def estimate(self, cells: list[Cell]) -> float:
         """The seconds that these cells will take, so many at a time."""

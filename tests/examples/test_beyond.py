@@ -74,10 +74,11 @@ def test_averagings_follow_the_last_shuffle_and_the_last_step_is_one():
     members = members_of()
     mixer = _then_mean(members, Arguments(steps), None)
     averaged = [step for step in range(1, steps + 1) if mixer.mix(step).averaged]
-    assert averaged == [31, 32, 33, 34, 35, 36, 37, 38, 39, 40]
-    mixer = _then_mean(members_of(), Arguments(700), None)
-    averaged = [step for step in range(1, 701) if mixer.mix(step).averaged]
-    assert len(averaged) == 7 and averaged[0] > 525 and averaged[-1] == 700
+    assert averaged == [32, 34, 36, 38, 40]
+    for steps in (700, 750, 3000):
+        mixer = _then_mean(members_of(), Arguments(steps), None)
+        averaged = [step for step in range(1, steps + 1) if mixer.mix(step).averaged]
+        assert len(averaged) == 7 and averaged[0] > 0.75 * steps and averaged[-1] == steps
 
 
 def test_the_study_runs_them_beside_wash(tmp_path, capsys, monkeypatch):
@@ -91,7 +92,7 @@ def test_the_study_runs_them_beside_wash(tmp_path, capsys, monkeypatch):
     # The same members, and another averaged model.
     wash, ema = by_method["wash"], by_method["wash_ema"]
     assert ema["accuracy"]["members"] == wash["accuracy"]["members"] and ema["ema_span"] in (0.01, 0.05, 0.2)
-    assert ema["digest"] != wash["digest"] and ema["consensus_distance"] > wash["consensus_distance"]
+    assert ema["digest"] != wash["digest"] and ema["consensus_distance"] == wash["consensus_distance"]
     assert by_method["wash_then_mean"]["consensus_distance"] < 1e-5 < wash["consensus_distance"]
     said = capsys.readouterr().out
     assert all(variant.title in said for variant in VARIANTS.values())

@@ -137,9 +137,9 @@ def test_cells_of_a_record_are_not_run_again_in_another_folder(compared, tmp_pat
     kept = json.loads((first / "results.json").read_text())
     # What was recorded elsewhere of another setting of the same row is no answer.
     kept["cells"][0]["options"]["shuffle_stop"] = 0.5
-    kept["machine"] = "another machine"
+    kept |= {"machine": "another machine", "commit": "0000000"}
     for cell in kept["cells"]:
-        del cell["machine"]
+        del cell["machine"], cell["commit"]
     (tmp_path / "record.json").write_text(json.dumps(kept))
     folder = tmp_path / "elsewhere"
     moved = [str(folder) if word == str(first) else word for word in arguments]
@@ -151,12 +151,31 @@ def test_cells_of_a_record_are_not_run_again_in_another_folder(compared, tmp_pat
         cell["digest"] for cell in json.loads((first / "results.json").read_text())["cells"] if "digest" in cell
     ]
     assert found["machine"].endswith("and another machine") and found["cells"][1]["machine"] == "another machine"
-    # A record of another setting is none of this folder's.
-    kept["setting"]["width"] += 1
-    (tmp_path / "other.json").write_text(json.dumps(kept))
-    empty = [str(tmp_path / "third") if word == str(first) else word for word in arguments]
-    assert compare_methods.main([*empty, "--record", str(tmp_path / "other.json"), "--time_limit", "0.0001"]) == 0
-    assert "taken from" not in capsys.readouterr().out.partition("6 of them to run")[0]
+    assert found["commit"] == f"{commit()}, 0000000"
+    # What nobody asks for stays in the record.
+    folder = tmp_path / "third"
+    few = ["0.03" if word == "0.02" else word for word in arguments]
+    few = [str(folder) if word == str(first) else word for word in few]
+    assert compare_methods.main([*few, "--record", str(tmp_path / "record.json")]) == 0
+    more = json.loads((tmp_path / "record.json").read_text())
+    assert [cell["label"] for cell in more["cells"][:4]] == ["wash@0.02", "wash@0.03", "plain-N-times", "plain-once"]
+    assert len(more["cells"]) == 8 and more["command"].endswith("# and earlier calls with other rows or seeds")
+
+
+def test_a_record_of_something_else_is_not_written_over(compared, tmp_path):
+    folder, arguments = compared
+    kept = json.loads((folder / "results.json").read_text())
+    other = {**kept, "setting": {**kept["setting"], "width": 5}}
+    for changed, said in (
+        (other, "another width"),
+        ({**kept, "kind": "study"}, "the record of a study"),
+        ([], "no record"),
+    ):
+        path = tmp_path / "record.json"
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=said):
+            compare_methods.main([*arguments, "--record", str(path)])
+        assert json.loads(path.read_text()) == changed
 
 
 def test_another_call_with_other_methods_adds_to_the_tables(compared, tmp_path, capsys):
@@ -172,7 +191,7 @@ def test_another_call_with_other_methods_adds_to_the_tables(compared, tmp_path, 
     earlier.write_text(json.dumps({**json.loads(earlier.read_text()), "commit": "0000000"}))
     other = [*arguments[:2], "--methods", "wash", *arguments[5:]]
     other[other.index("--output_dir") + 1] = str(folder)
-    assert compare_methods.main([*other, "--seeds", "1"]) == 0
+    assert compare_methods.main([*other, "--seeds", "1", "--record", str(tmp_path / "record.json")]) == 0
     kept = json.loads((folder / "results.json").read_text())
     assert [(cell["label"], cell["seed"]) for cell in kept["cells"]] == [
         ("wash@0.02", 0), ("plain-N-times", 0), ("plain-once", 0), ("wash@0.02", 1),
@@ -190,35 +209,33 @@ def test_another_call_with_other_methods_adds_to_the_tables(compared, tmp_path, 
 
 
 def test_another_call_tunes_another_method_and_what_was_chosen_before_stays(photos, tmp_path):
-    arguments = [
-        "--data_dir",
-        str(photos),
-        "--max_steps",
-        "6",
-        "--population_size",
-        "2",
-        "--budgets",
-        "0.5",
-        "--jobs",
-        "2",
-    ]
-    kept = {}
-    for method in ("sparta", "wash"):
+    arguments = ["--data_dir", str(photos), "--max_steps", "4", "--population_size", "2", "--jobs", "2"]
+    path = tmp_path / "record.json"
+    kept = []
+    for method, budget, seeds in (("diloco", "0.5", "1"), ("sparta", "0.25", "2")):
         # Another folder: what was found before is in the record alone.
-        folder, record = str(tmp_path / method), str(tmp_path / "record.json")
-        assert tune_methods.main([*arguments, "--methods", method, "--output_dir", folder, "--record", record]) == 0
-        kept[method] = json.loads(Path(record).read_text())
-    assert list(kept["sparta"]["chosen"]) == ["sparta-tuned"] and len(kept["sparta"]["cells"]) == 6
-    assert sorted(kept["wash"]["chosen"]) == ["sparta-tuned", "wash-tuned"] and len(kept["wash"]["cells"]) == 12
-    assert kept["wash"]["chosen"]["sparta-tuned"] == kept["sparta"]["chosen"]["sparta-tuned"]
+        given = ["--methods", method, "--budgets", budget, "--seeds", seeds, "--output_dir", str(tmp_path / method)]
+        assert tune_methods.main([*arguments, *given, "--record", str(path)]) == 0
+        kept.append(json.loads(path.read_text()))
+    assert sorted(kept[0]["chosen"]) == ["diloco-tuned", "diloco@0.5"] and len(kept[0]["cells"]) == 9
+    assert sorted(kept[1]["chosen"]) == ["diloco-tuned", "diloco@0.5", "sparta-tuned"] and len(kept[1]["cells"]) == 21
+    assert kept[0]["chosen"].items() < kept[1]["chosen"].items()
+    assert kept[1]["command"].endswith("# and earlier calls with other rows or seeds")
+    # On one's own data it goes to the folder of the outputs, where a comparison can be told to find it.
+    folder = tmp_path / "own"
+    assert tune_methods.main([*arguments, "--methods", "sparta", "--output_dir", str(folder)]) == 0
+    assert list(json.loads((folder / "tuning.json").read_text())["chosen"]) == ["sparta-tuned"]
+    compared = ["--kinds", "tuned", "--methods", "sparta", "--seeds", "1", "--output_dir", str(tmp_path / "compared")]
+    assert compare_methods.main([*arguments, *compared, "--tuning", str(folder / "tuning.json")]) == 0
+    assert "SPARTA, tuned" in (tmp_path / "compared" / "table.md").read_text()
 
 
-def test_a_cell_of_another_setting_is_not_taken_for_this_one(compared):
+def test_a_cell_of_another_setting_is_not_taken_for_this_one(compared, tmp_path):
     _, arguments = compared
     changed = ["4" if word == "3" and arguments[index - 1] == "--max_steps" else word
                for index, word in enumerate(arguments)]  # fmt: skip
     with pytest.raises(ValueError, match=r"wash@0.02-seed0 .* was run with another setting"):
-        compare_methods.main(changed)
+        compare_methods.main([*changed, "--record", str(tmp_path / "record.json")])
 
 
 def test_a_page_is_made_of_the_records_and_says_what_they_cannot_tell(compared, tmp_path):
@@ -254,13 +271,17 @@ class Killed(BaseException):
 
 def test_a_killed_cell_goes_on_from_its_checkpoint_to_the_same_result(photos, tmp_path):
     setting = setting_of(photos, steps=60, checkpoints=5)
-    cells = [Cell("wash", "wash", wash(), 0, 60, setting), Cell("once", "plain", PLAIN, 0, 120, setting)]
+    cells = [
+        Cell("wash", "wash", wash(), 0, 60, setting),
+        Cell("once", "plain", PLAIN, 0, 120, setting),
+        Cell("ema", "wash_ema", wash(), 0, 60, setting),
+    ]
 
     def kill_after_checkpoints(*_):
         if all(list((runner.folder / cell.name).glob("checkpoint-*")) for cell in cells):
             raise Killed
 
-    runner = Runner(tmp_path / "killed", 2, 0.01)
+    runner = Runner(tmp_path / "killed", 3, 0.01)
     runner._show = kill_after_checkpoints
     with pytest.raises(Killed):
         runner.run(cells)
@@ -514,4 +535,15 @@ def test_a_study_runs_and_says_what_its_numbers_say(photos, tmp_path, capsys):
     assert study.main([*arguments, "--population_size", "2", "--output_dir", str(tmp_path), "--jobs", "2"]) == 0
     said = capsys.readouterr().out
     assert "Should the optimizer's state be shuffled" in said and "WASH+Opt" in said
+    # Another study is added to the record, and what is in it stays.
+    record = tmp_path / "record.json"
+    record.write_bytes((tmp_path / "results.json").read_bytes())
+    before = json.loads(record.read_text())
+    arguments[3:6] = ["schedule", "--seeds", "1"]
+    added = ["--population_size", "2", "--output_dir", str(tmp_path / "other"), "--record", str(record)]
+    assert study.main([*arguments, *added]) == 0
+    kept = json.loads(record.read_text())
+    assert list(kept["studies"]) == ["schedule", "optimizer_state"] and len(before["cells"]) == 4
+    assert {json.dumps(cell) for cell in before["cells"]} <= {json.dumps(cell) for cell in kept["cells"]}
+    assert len(kept["cells"]) == 6
     assert "The best averaged model" in said

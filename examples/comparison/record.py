@@ -42,16 +42,17 @@ def _cpu_info() -> list[str]:
 
 
 def commit() -> str:
-    """The commit of this checkout, with a plus where files differ from it; `unknown` without git."""
+    """The commit of this checkout, with a plus where files differ from it, records aside; `unknown` without git."""
     here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=7", "--dirty=+", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)docs/results")
+        return git("rev-parse", "--short=7", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
 
 
 def command() -> str:

@@ -14,7 +14,6 @@ from its checkpoint. Tables and picture are of all finished cells of the folder 
 can be added by another call.
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from comparison.cell import Cell
 from comparison.data import prepare
 from comparison.methods import BUDGETS, METHODS, label, place_of, rows
 from comparison.models import make_model
-from comparison.record import cells_for, earlier, merged, record, save, tuning_record
+from comparison.record import cells_for, earlier, merged, record, save, tuned_settings, tuning_record
 from comparison.runner import Runner, available_cores, in_words, step_seconds
 from comparison.setting import MODELS, PRESETS, RECIPES, Setting
 from comparison.tables import comparison_csv, comparison_table, rows_of, verdict
@@ -166,8 +165,8 @@ def run_all(
     runner: Runner, cells: list[Cell], arguments: SettingArguments, before: dict[str, Any] | None
 ) -> tuple[list[dict], int]:
     """
-    Run cells that are in no record of `before`, say what to expect before and what failed after; returns results and exit
-    code.
+    Run cells that an earlier record, if there is one, does not hold; say what to expect before and what failed after;
+    returns results and exit code.
     """
     if before is not None and (taken := runner.adopt(before["cells"], cells)):
         print(f"{taken} finished cells are taken from {arguments.record}.")
@@ -203,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     given, chosen = parser.parse_args_into_dataclasses(args=arguments)
     setting = given.setting()
     before = earlier(given.record, "comparison", setting)
-    tuning = Path(chosen.tuning or tuning_record(setting))
+    tuned = tuned_settings(chosen.tuning or tuning_record(setting))
     runner, steps, model, steps_per_epoch = begin(given, setting, "compare")
     wanted, left_out = rows(
         chosen.methods,
@@ -213,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
         steps,
         steps_per_epoch,
         model,
-        json.loads(tuning.read_text())["chosen"] if tuning.exists() else {},
+        tuned,
     )
     for reason in left_out:
         print(f"Left out: {reason}")

@@ -124,7 +124,9 @@ def earlier(path: str | Path | None, kind: str, setting: Setting) -> dict[str, A
         raise ValueError(f"{path} is the record of a {found}, and this is a {kind}: give another --record.")
     other = [name for name, value in rounded(dataclasses.asdict(setting)).items() if own.get(name) != value]
     if other:
-        raise ValueError(f"{path} is a record with another {', '.join(other)}: give another --record.")
+        raise ValueError(
+            f"{path} is a record of other runs, which differ in {', '.join(other)}: give another --record."
+        )
     where = {"commit": kept["commit"], "machine": kept["machine"]}
     return {
         **kept,
@@ -166,6 +168,24 @@ def save(path: str | Path, kept: dict[str, Any]) -> None:
 def tuning_record(setting: Setting) -> Path:
     """Where what was tuned for a preset is kept."""
     return RESULTS / f"tuning-{setting.name}.json"
+
+
+def tuned_settings(path: str | Path) -> dict[str, Any]:
+    """
+    What was chosen in a tuning, by row; empty where nothing was tuned.
+
+    Args:
+        path (`str` or `Path`): Of its record; there need not be one.
+
+    Raises:
+        ValueError: if there is something else.
+    """
+    if not Path(path).exists():
+        return {}
+    try:
+        return dict(json.loads(Path(path).read_text())["chosen"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{path} is no record of a tuning, which tune_methods.py writes.") from error
 
 
 def cells_for(rows: list[tuple[str, str, dict[str, Any], int]], seeds: int, setting: Setting) -> list[Cell]:

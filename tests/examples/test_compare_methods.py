@@ -167,7 +167,7 @@ def test_a_record_of_something_else_is_not_written_over(compared, tmp_path):
     kept = json.loads((folder / "results.json").read_text())
     other = {**kept, "setting": {**kept["setting"], "width": 5}}
     for changed, said in (
-        (other, "another width"),
+        (other, "differ in width"),
         ({**kept, "kind": "study"}, "the record of a study"),
         ([], "no record"),
     ):
@@ -176,6 +176,11 @@ def test_a_record_of_something_else_is_not_written_over(compared, tmp_path):
         with pytest.raises(ValueError, match=said):
             compare_methods.main([*arguments, "--record", str(path)])
         assert json.loads(path.read_text()) == changed
+    # Nor is it taken for a tuning.
+    with pytest.raises(ValueError, match="is no record of a tuning"):
+        compare_methods.main([*arguments, "--tuning", str(path)])
+    with pytest.raises(ValueError, match=r"--tuning nowhere\.json: there is no such file"):
+        compare_methods.main([*arguments, "--tuning", "nowhere.json"])
 
 
 def test_another_call_with_other_methods_adds_to_the_tables(compared, tmp_path, capsys):

@@ -162,14 +162,15 @@ def begin(arguments: SettingArguments, setting: Setting, script: str) -> tuple[R
 
 
 def run_all(
-    runner: Runner, cells: list[Cell], arguments: SettingArguments, before: dict[str, Any] | None
+    runner: Runner, cells: list[Cell], arguments: SettingArguments, *records: dict[str, Any] | None
 ) -> tuple[list[dict], int]:
     """
-    Run cells that an earlier record, if there is one, does not hold; say what to expect before and what failed after;
-    returns results and exit code.
+    Run cells that earlier records of the setting, if there are any, do not hold; say what to expect before and what failed
+    after; returns results and exit code.
     """
-    if before is not None and (taken := runner.adopt(before["cells"], cells)):
-        print(f"{taken} finished cells are taken from {arguments.record}.")
+    for kept in records:
+        if kept is not None and (taken := runner.adopt(kept["cells"], cells)):
+            print(f"{taken} finished cells are taken from the record of a {kept['kind']}.")
     left = [cell for cell in cells if runner.result_of(cell) is None]
     print(
         f"{len(cells)} cells, {len(left)} of them to run, {runner.jobs} at a time: about {in_words(runner.estimate(left))} "

@@ -7,7 +7,8 @@ the preset has it.
     python examples/study.py --preset glyphs-short --studies p stop --seeds 3
     python examples/study.py --preset glyphs-short --list                       # what there is
 
-Cells are kept as in `compare_methods.py`, and resumed. Cells that studies share are run once. The record is written to
+Cells are kept as in `compare_methods.py`, and resumed. Cells that studies share are run once, and those that the preset's
+comparison has in `docs/results/PRESET.json` are taken from there. The record is written to
 `docs/results/study-PRESET.json` with `--record`, for `results_page.py`; the studies that are in it already stay.
 """
 
@@ -16,7 +17,8 @@ from typing import Any
 
 from command_line import CommandLine, exits
 from compare_methods import SettingArguments, begin, run_all
-from comparison.record import cells_for, earlier, merged, record, save
+from comparison.record import RESULTS, cells_for, earlier, merged, record, save, tuned_settings, tuning_record
+from comparison.setting import PRESETS
 from comparison.studies import STUDIES, cells_of_study, tables_of
 from transformers.utils import logging
 
@@ -50,15 +52,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     setting = given.setting()
     before = earlier(given.record, "study", setting)
+    compared = None
+    if setting == PRESETS[given.preset]:
+        compared = earlier(RESULTS / f"{given.preset}.json", "comparison", setting)
+    tuned = tuned_settings(tuning_record(setting))
     runner, steps, model, steps_per_epoch = begin(given, setting, "study")
     rows: dict[str, tuple[str, str, dict[str, Any], int]] = {}
     members: dict[str, list[str]] = {}
     for name in wanted.studies:
-        found = cells_of_study(name, setting, steps, steps_per_epoch, model)
+        found = cells_of_study(name, setting, steps, steps_per_epoch, model, tuned)
         members[name] = [row[0] for row in found]
         rows |= {row[0]: row for row in found}
     cells = cells_for(list(rows.values()), wanted.seeds, setting)
-    results, code = run_all(runner, cells, given, before)
+    results, code = run_all(runner, cells, given, before, compared)
     if not results:
         return code
     every = merged(results, before, cells)

@@ -157,6 +157,22 @@ def spec_of(cell: dict[str, Any]) -> dict[str, Any]:
     return {name: rounded(cell[name]) for name in ("label", "method", "options", "steps")}
 
 
+def run_of(cell: dict[str, Any]) -> str:
+    """
+    What decides the result of a cell, whatever row it is for: cells of one setting that share it are one run. DART whose
+    interval is given does what local SGD does, bit for bit.
+
+    Args:
+        cell (`dict`): As a record has it, or `Cell.as_dict`.
+    """
+    options = dict(cell["options"])
+    if options["mixing"] == "dart" and options.get("average_interval") is not None:
+        options["mixing"] = "local_sgd"
+    # The one variant that differs from its method by what is measured.
+    average = cell["method"] == "wash_ema"
+    return json.dumps([rounded(options), cell["steps"], cell["seed"], average], sort_keys=True)
+
+
 def save(path: str | Path, kept: dict[str, Any]) -> None:
     """Write a record, a line for each cell."""
     head = {name: value for name, value in kept.items() if name != "cells"}

@@ -1,4 +1,7 @@
-"""Many cells, side by side, each in a process of its own; what is finished is not run again."""
+"""
+Many cells, side by side, each in a process of its own. What is finished is not run again, and two cells of which each is
+what the other is, for two rows, are run once.
+"""
 
 import dataclasses
 import json
@@ -19,7 +22,7 @@ from hf_wash.files import write_whole
 from .cell import Cell, work_on
 from .methods import METHODS
 from .models import make_model
-from .record import commit, machine, rounded, spec_of
+from .record import commit, machine, rounded, run_of
 from .setting import Setting
 
 
@@ -152,17 +155,22 @@ class Runner:
         Returns:
             `int`: How many cells of these are finished now. One that was run with other options is not.
         """
-        known = {(result["label"], result["seed"]): result for result in results}
+        known = {run_of(result): result for result in results}
         taken = 0
         for cell in cells:
-            result = known.get((cell.label, cell.seed))
-            if result is None or spec_of(result) != spec_of(cell.as_dict()) or self.result_of(cell) is not None:
-                continue
-            (self.folder / cell.name).mkdir(exist_ok=True)
-            write_whole(self._result(cell), json.dumps(result, indent=1).encode())
-            write_whole(self.folder / cell.name / "cell.json", json.dumps(cell.as_dict()).encode())
-            taken += 1
+            result = known.get(run_of(cell.as_dict()))
+            if result is not None and self.result_of(cell) is None:
+                self._take(result, cell)
+                taken += 1
         return taken
+
+    def _take(self, result: dict[str, Any], cell: Cell) -> dict[str, Any]:
+        """Write the result of a run as that of another cell, which is the same run."""
+        own = {**result, **{name: value for name, value in cell.as_dict().items() if name in result}}
+        (self.folder / cell.name).mkdir(exist_ok=True)
+        write_whole(self._result(cell), json.dumps(own, indent=1).encode())
+        write_whole(self.folder / cell.name / "cell.json", json.dumps(cell.as_dict()).encode())
+        return own
 
     def finished(self, setting: Setting) -> tuple[list[dict[str, Any]], int]:
         """
@@ -204,6 +212,8 @@ class Runner:
             failed, by name.
         """
         results = {cell.name: self.result_of(cell) for cell in cells}
+        runs = {cell.name: run_of(cell.as_dict()) for cell in cells}
+        known = {runs[name]: result for name, result in results.items() if result is not None}
         waiting = [cell for cell in cells if results[cell.name] is None]
         running: list[Running] = []
         failed: dict[str, str] = {}
@@ -212,11 +222,20 @@ class Runner:
             while (waiting or running) and (time_limit is None or time.monotonic() - began < time_limit):
                 for one in [one for one in running if not one.process.is_alive()]:
                     running.remove(one)
-                    results[one.cell.name], reason = self._finish(one)
-                    if reason:
+                    result, reason = self._finish(one)
+                    if result is None:
                         failed[one.cell.name] = reason
-                while waiting and len(running) < self.jobs:
-                    running.append(self._start(waiting.pop(0)))
+                    else:
+                        results[one.cell.name] = known[runs[one.cell.name]] = result
+                for cell in [cell for cell in waiting if runs[cell.name] in known]:
+                    waiting.remove(cell)
+                    results[cell.name] = self._take(known[runs[cell.name]], cell)
+                busy = {runs[one.cell.name] for one in running}
+                for cell in [cell for cell in waiting if runs[cell.name] not in busy]:
+                    if len(running) < self.jobs and runs[cell.name] not in busy:
+                        waiting.remove(cell)
+                        running.append(self._start(cell))
+                        busy.add(runs[cell.name])
                 self._show(len(cells), results, running, waiting, failed)
                 time.sleep(0.2)
         finally:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .beyond import ALL, VARIANTS, advised
-from .methods import BUDGETS, describe, for_budget
+from .methods import BUDGETS, describe, for_budget, label
 from .setting import Setting
 from .tables import Row, difference, markdown, short, spread
 
@@ -24,7 +24,7 @@ class Study:
     Args:
         question (`str`): In a sentence.
         rows (`Callable`, *optional*):
-            From the steps of a run to (method, options, steps) of each run; `None`: those of `for_budget`.
+            From the steps of a run to (method, options, steps) of each run; `None`: the comparison's at equal bytes.
     """
 
     question: str
@@ -104,25 +104,32 @@ STUDIES = {
 
 
 def cells_of_study(
-    name: str, setting: Setting, steps: int, steps_per_epoch: int, model: nn.Module
+    name: str,
+    setting: Setting,
+    steps: int,
+    steps_per_epoch: int,
+    model: nn.Module,
+    tuned: dict[str, Any] | None = None,
 ) -> list[tuple[str, str, dict[str, Any], int]]:
     """
     The runs of a study.
 
     Args:
         name (`str`): A key of `STUDIES`.
-        setting ([`Setting`]), steps, steps_per_epoch (`int`), model (`nn.Module`): As in a comparison.
+        setting ([`Setting`]), steps, steps_per_epoch (`int`), model (`nn.Module`), tuned (`dict`, *optional*):
+            As in a comparison.
 
     Returns:
         `list[tuple]`: (label, method, options, steps). Runs that are the same have the same label in all studies.
     """
     make = STUDIES[name].rows
     if make is None:
-        size = setting.population_size
+        size, tuned = setting.population_size, tuned or {}
         rows = [
-            (method, for_budget(method, budget, model, size, steps, steps_per_epoch), steps)
+            (method, for_budget(method, budget, model, size, steps, steps_per_epoch, tuned.get(kind)), steps)
             for method in ("wash", "papa", "sparta", "local_sgd", "diloco")
             for budget in BUDGETS
+            for kind in [label(method, f"{budget:g}")]
             if round(1 / budget) <= steps
         ]
     else:
@@ -135,8 +142,8 @@ def cells_of_study(
                 "population_size": setting.population_size}  # fmt: skip
         options = {option: value for option, value in options.items() if same.get(option) != value}
         words = [method, *(f"{option}={value}" for option, value in sorted(options.items())), f"steps={length}"]
-        label = "-".join(words).replace("shuffle_", "").replace("average_", "")
-        found.append((label, method, {**ALL[method].options, **options}, length))
+        name = "-".join(words).replace("shuffle_", "").replace("average_", "")
+        found.append((name, method, {**ALL[method].options, **options}, length))
     return found
 
 

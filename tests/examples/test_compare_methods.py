@@ -21,7 +21,7 @@ from comparison.measure import hits
 from comparison.methods import BUDGETS, for_budget, free_trials, rows, trials
 from comparison.models import make_model
 from comparison.page import page
-from comparison.record import RESULTS, commit
+from comparison.record import RESULTS, commit, run_of
 from comparison.runner import Runner, processes
 from comparison.setting import PRESETS, Setting
 from PIL import Image as PilImage
@@ -328,6 +328,30 @@ def test_a_cell_that_fails_is_reported_and_the_others_go_on(photos, tmp_path):
     assert list(failed) == ["broken-seed0"] and "longer than the run" in failed["broken-seed0"]
 
 
+def test_two_rows_that_are_one_run_are_run_once(photos, tmp_path):
+    setting = setting_of(photos)
+    cells = [
+        Cell(name, method, {"mixing": method, "average_interval": every}, seed, 6, setting)
+        for name, method, every, seed in (
+            ("tuned", "local_sgd", 2, 0), ("dart-tuned", "dart", 2, 0), ("budget", "local_sgd", 2, 0),
+            ("dart-other", "dart", 3, 0), ("dart-tuned", "dart", 2, 1),
+        )
+    ]  # fmt: skip
+    runner, started = Runner(tmp_path / "together", 2, 0.01), []
+    start = runner._start
+    runner._start = lambda cell: started.append(cell.name) or start(cell)
+    results, failed = runner.run(cells)
+    assert started == ["tuned-seed0", "dart-other-seed0", "dart-tuned-seed1"] and not failed
+    assert [(result["label"], result["method"], result["options"]) for result in results] == [
+        (cell.label, cell.method, cell.options) for cell in cells
+    ]
+    # What was taken over is what the cell itself would have come to, bit for bit.
+    alone, _ = Runner(tmp_path / "alone", 1, 0.01).run(cells[1:2])
+    assert without_times(alone[0]) == without_times(results[1]) and "digest" in alone[0]
+    weights, average = (Cell(name, name, wash(), 0, 6, setting).as_dict() for name in ("wash", "wash_ema"))
+    assert run_of(weights) != run_of(average)
+
+
 def test_a_time_limit_leaves_the_rest_for_another_call(photos, tmp_path, capsys):
     cells = [Cell("later", "wash", wash(), 0, 6, setting_of(photos))]
     assert Runner(tmp_path, 1, 0.01).run(cells, time_limit=0.0) == ([], {})
@@ -552,3 +576,15 @@ def test_a_study_runs_and_says_what_its_numbers_say(photos, tmp_path, capsys):
     assert {json.dumps(cell) for cell in before["cells"]} <= {json.dumps(cell) for cell in kept["cells"]}
     assert len(kept["cells"]) == 6
     assert "The best averaged model" in said
+
+
+def test_a_study_takes_what_the_comparison_of_its_preset_has(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "glyphs-short", PRESETS["glyphs-short"].but(batch_size=64, batch_norm_batches=40))
+    assert study.main(["--studies", "equal_bytes", "--output_dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "45 finished cells are taken from the record of a comparison." in said and "0 of them to run" in said
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert len(kept["studies"]["equal_bytes"]) == 15 and len(kept["cells"]) == 45
+    compared = json.loads((RESULTS / "glyphs-short.json").read_text())["cells"]
+    budget = {(cell["seed"], cell["digest"]) for cell in compared if "@" in cell["label"]}
+    assert {(cell["seed"], cell["digest"]) for cell in kept["cells"]} == budget

@@ -7,9 +7,9 @@ the preset has it.
     python examples/study.py --preset glyphs-short --studies p stop --seeds 3
     python examples/study.py --preset glyphs-short --list                       # what there is
 
-Cells are kept as in `compare_methods.py`, and resumed. Cells that studies share are run once, and those that the preset's
-comparison has in `docs/results/PRESET.json` are taken from there. The record is written to
-`docs/results/study-PRESET.json` with `--record`, for `results_page.py`; the studies that are in it already stay.
+Cells are kept as in `compare_methods.py`, and resumed. Cells that studies share are run once. The record is written to
+`docs/results/study-PRESET.json` with `--record`, for `results_page.py`: the studies that are in it already stay, and what
+the preset's comparison has in `docs/results/PRESET.json` is taken from there.
 """
 
 from dataclasses import dataclass, field
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     setting = given.setting()
     before = earlier(given.record, "study", setting)
     compared = None
-    if setting == PRESETS[given.preset]:
+    if given.record and setting == PRESETS[given.preset]:
         compared = earlier(RESULTS / f"{given.preset}.json", "comparison", setting)
     tuned = tuned_settings(tuning_record(setting))
     runner, steps, model, steps_per_epoch = begin(given, setting, "study")

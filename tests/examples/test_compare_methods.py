@@ -580,10 +580,11 @@ def test_a_study_runs_and_says_what_its_numbers_say(photos, tmp_path, capsys):
 
 def test_a_study_takes_what_the_comparison_of_its_preset_has(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "glyphs-short", PRESETS["glyphs-short"].but(batch_size=64, batch_norm_batches=40))
-    assert study.main(["--studies", "equal_bytes", "--output_dir", str(tmp_path)]) == 0
+    record = tmp_path / "study.json"
+    assert study.main(["--studies", "equal_bytes", "--output_dir", str(tmp_path), "--record", str(record)]) == 0
     said = capsys.readouterr().out
     assert "45 finished cells are taken from the record of a comparison." in said and "0 of them to run" in said
-    kept = json.loads((tmp_path / "results.json").read_text())
+    kept = json.loads(record.read_text())
     assert len(kept["studies"]["equal_bytes"]) == 15 and len(kept["cells"]) == 45
     compared = json.loads((RESULTS / "glyphs-short.json").read_text())["cells"]
     budget = {(cell["seed"], cell["digest"]) for cell in compared if "@" in cell["label"]}

@@ -25,10 +25,13 @@ class Study:
         question (`str`): In a sentence.
         rows (`Callable`, *optional*):
             From the steps of a run to (method, options, steps) of each run; `None`: the comparison's at equal bytes.
+        among (`Callable`, *optional*):
+            From a run to the name of those that it is to be compared with; `None`: with all.
     """
 
     question: str
     rows: Runs | None
+    among: Callable[[Row], str] | None = None
 
 
 def _wash(*options: dict[str, Any]) -> Runs:
@@ -45,6 +48,15 @@ def _lengths(steps: int) -> list[tuple[str, dict[str, Any], int]]:
     return found
 
 
+def _of_method(row: Row) -> str:
+    return f"Of {ALL[row.method].title if row.method != 'independent' else 'members without exchange'}"
+
+
+def _of_budget(row: Row) -> str:
+    copies = statistics.fmean(row.values("copies_per_step"))
+    return f"At {min(BUDGETS, key=lambda budget: abs(budget - copies)):g} copies a step"
+
+
 def _sizes(steps: int) -> list[tuple[str, dict[str, Any], int]]:
     sizes = (2, 3, 5, 10)
     found = [("wash", {**advised(steps), "population_size": size}, steps) for size in sizes]
@@ -59,7 +71,11 @@ STUDIES = {
             for p in (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
         ],
     ),
-    "p_steps": Study("Is it p × steps that decides, whatever the length of the run?", _lengths),
+    "p_steps": Study(
+        "Is it p × steps that decides, whatever the length of the run?",
+        _lengths,
+        lambda row: f"Of {row.cells[0]['steps']:,} steps",
+    ),
     "schedule": Study(
         "Should shallow layers be shuffled more, or deep ones?",
         _wash(*({"shuffle_schedule": name} for name in ("decreasing", "constant", "increasing"))),
@@ -77,12 +93,13 @@ STUDIES = {
             for method in ("wash", "independent")
             for same in (True, False)
         ],
+        _of_method,
     ),
     "optimizer_state": Study(
         "Should the optimizer's state be shuffled with the weights?",
         _wash({"shuffle_optimizer_state": False}, {"shuffle_optimizer_state": True}),
     ),
-    "population_size": Study("How many members?", _sizes),
+    "population_size": Study("How many members?", _sizes, _of_method),
     "batch_norm": Study(
         "Should the BatchNorm of the averaged model be estimated anew, or averaged?",
         lambda steps: [
@@ -90,6 +107,7 @@ STUDIES = {
             for method in ("wash", "independent")
             for how in ("recalibrate", "average")
         ],
+        _of_method,
     ),
     "beyond": Study(
         "Does WASH gain by what its paper does not have: a p that falls, averagings at the end, whole rows, or a moving "
@@ -99,7 +117,7 @@ STUDIES = {
             + [(name, advised(steps) if name == "wash_ema" else {}, steps) for name in VARIANTS]
         ),
     ),
-    "equal_bytes": Study("At equal bytes, how does p compare with the others' intervals?", None),
+    "equal_bytes": Study("At equal bytes, how does p compare with the others' intervals?", None, _of_budget),
 }
 
 
@@ -159,10 +177,21 @@ def titled(cell: dict[str, Any], population_size: int, steps: int) -> str:
     return ", ".join(words)
 
 
-def conclusion(rows: list[Row]) -> str:
-    """What a reader should take from a study, computed: the best averaged model, and what cannot be told from it."""
+def conclusion(rows: list[Row], among: Callable[[Row], str] | None = None) -> str:
+    """
+    What a reader should take from a study, computed: the best averaged model, and what cannot be told from it.
+
+    Args:
+        rows (`list[Row]`): The study's.
+        among (`Callable`, *optional*): Of the [`Study`].
+    """
     if any(len(row.cells) < 2 for row in rows):
         return "One seed: nothing can be told."
+    if among is not None:
+        groups: dict[str, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(among(row), []).append(row)
+        return "\n".join(f"- {name}. {conclusion(own)}" for name, own in groups.items())
     best = max(rows, key=lambda row: statistics.fmean(row.values("soup")))
     level, behind = [], []
     for row in rows:
@@ -201,5 +230,7 @@ def tables_of(kept: dict[str, Any]) -> str:
             ]
             for row in rows
         ]
-        parts.append(f"**{STUDIES[name].question}**\n\n{markdown(header, lines)}\n\n{conclusion(rows)}")
+        parts.append(
+            f"**{STUDIES[name].question}**\n\n{markdown(header, lines)}\n\n{conclusion(rows, STUDIES[name].among)}"
+        )
     return "\n\n".join(parts)

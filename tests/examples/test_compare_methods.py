@@ -24,6 +24,7 @@ from comparison.page import page
 from comparison.record import RESULTS, commit, run_of
 from comparison.runner import Runner, processes
 from comparison.setting import PRESETS, Setting
+from comparison.studies import tables_of
 from PIL import Image as PilImage
 
 
@@ -589,3 +590,13 @@ def test_a_study_takes_what_the_comparison_of_its_preset_has(tmp_path, monkeypat
     compared = json.loads((RESULTS / "glyphs-short.json").read_text())["cells"]
     budget = {(cell["seed"], cell["digest"]) for cell in compared if "@" in cell["label"]}
     assert {(cell["seed"], cell["digest"]) for cell in kept["cells"]} == budget
+
+
+def test_a_study_draws_its_conclusions_among_runs_that_belong_together():
+    said = tables_of(json.loads((RESULTS / "study-glyphs-short.json").read_text()))
+    lengths = [line for line in said.splitlines() if re.match(r"- Of [\d,]+ steps\.", line)]
+    assert [line.count("WASH") for line in lengths] == [3, 3, 3]
+    # The length that all other studies have is not said of a run.
+    assert [re.findall(r"(\d+) steps[.;]", line[12:]) for line in lengths] == [["350"] * 3, [], ["1400"] * 3]
+    budgets = [line.partition(" copies")[0] for line in said.splitlines() if line.startswith("- At ")]
+    assert budgets == ["- At 0.01", "- At 0.04", "- At 0.1"]

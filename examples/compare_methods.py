@@ -25,7 +25,7 @@ from comparison.cell import Cell
 from comparison.data import prepare
 from comparison.methods import BUDGETS, METHODS, label, place_of, rows
 from comparison.models import make_model
-from comparison.record import cells_for, earlier, merged, record, save, tuned_settings, tuning_record
+from comparison.record import cells_for, earlier, merged, record, run_of, save, tuned_settings, tuning_record
 from comparison.runner import Runner, available_cores, in_words, step_seconds
 from comparison.setting import MODELS, PRESETS, RECIPES, Setting
 from comparison.tables import comparison_csv, comparison_table, rows_of, verdict
@@ -171,7 +171,7 @@ def run_all(
     for kept in records:
         if kept is not None and (taken := runner.adopt(kept["cells"], cells)):
             print(f"{taken} finished cells are taken from the record of a {kept['kind']}.")
-    left = [cell for cell in cells if runner.result_of(cell) is None]
+    left = list({run_of(cell.as_dict()): cell for cell in cells if runner.result_of(cell) is None}.values())
     print(
         f"{len(cells)} cells, {len(left)} of them to run, {runner.jobs} at a time: about {in_words(runner.estimate(left))} "
         f"if the machine does nothing else.",

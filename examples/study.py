@@ -9,7 +9,7 @@ the preset has it.
 
 Cells are kept as in `compare_methods.py`, and resumed. Cells that studies share are run once. The record is written to
 `docs/results/study-PRESET.json` with `--record`, for `results_page.py`: the studies that are in it already stay, and what
-the preset's comparison has in `docs/results/PRESET.json` is taken from there.
+the preset's comparison has in `docs/results/PRESET.json` with the same options is taken from there.
 """
 
 from dataclasses import dataclass, field
@@ -54,13 +54,20 @@ def main(arguments: list[str] | None = None) -> int:
     before = earlier(given.record, "study", setting)
     compared = None
     if given.record and setting == PRESETS[given.preset]:
-        compared = earlier(RESULTS / f"{given.preset}.json", "comparison", setting)
+        try:
+            compared = earlier(RESULTS / f"{given.preset}.json", "comparison", setting)
+        except ValueError as error:
+            print(
+                f"No cells are taken from the preset's comparison, since it was not run with this setting. ({error})"
+            )
     tuned = tuned_settings(tuning_record(setting))
     runner, steps, model, steps_per_epoch = begin(given, setting, "study")
     rows: dict[str, tuple[str, str, dict[str, Any], int]] = {}
     members: dict[str, list[str]] = {}
     for name in wanted.studies:
-        found = cells_of_study(name, setting, steps, steps_per_epoch, model, tuned)
+        found, left_out = cells_of_study(name, setting, steps, steps_per_epoch, model, tuned)
+        for reason in left_out:
+            print(f"Left out: {reason}")
         members[name] = [row[0] for row in found]
         rows |= {row[0]: row for row in found}
     cells = cells_for(list(rows.values()), wanted.seeds, setting)

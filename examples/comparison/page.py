@@ -10,7 +10,7 @@ from typing import Any
 from .methods import METHODS, describe
 from .setting import PRESETS
 from .studies import tables_of as study_tables
-from .tables import Row, comparison_table, difference, markdown, rows_of, short, spread, verdict
+from .tables import Row, comparison_table, difference, markdown, rows_of, short, spread, told_apart, verdict
 
 
 INTRODUCTION = """# Results
@@ -134,9 +134,7 @@ def equal_bytes(rows: dict[str, Row]) -> str:
             against = difference(row, ours) if ours is not None and row is not ours else None
             told = ""
             if against is not None:
-                told = (
-                    "not told apart" if abs(against[0]) < 2 * against[1] else ("ahead" if against[0] > 0 else "behind")
-                )
+                told = ("ahead" if against[0] > 0 else "behind") if told_apart(against) else "not told apart"
                 told = f"{against[0]:+.2f} ± {against[1]:.2f}: {told}"
             lines.append(
                 [
@@ -166,7 +164,7 @@ def separable(rows: dict[str, Row]) -> str:
     listed = [row for row in rows.values() if len(row.cells) > 1]
     pairs = [(a, b) for index, a in enumerate(listed) for b in listed[index + 1 :]]
     found = [difference(a, b) for a, b in pairs]
-    apart = [pair is not None and abs(pair[0]) >= 2 * pair[1] for pair in found]
+    apart = [pair is not None and told_apart(pair) for pair in found]
     if not pairs:
         return "One seed: the setting is too small to tell any two methods apart."
     errors = [pair[1] for pair in found if pair is not None]

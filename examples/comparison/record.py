@@ -18,6 +18,8 @@ from .cell import Cell
 from .setting import Setting
 
 
+# What another call of the same cell may have otherwise.
+OF_THE_CALL = ("seconds_per_step", "mixing_seconds_per_step", "commit", "machine")
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 
@@ -136,7 +138,8 @@ def earlier(path: str | Path | None, kind: str, setting: Setting) -> dict[str, A
 
 def merged(results: list[dict[str, Any]], before: dict[str, Any] | None, cells: list[Cell]) -> list[dict[str, Any]]:
     """
-    Results, and those cells of an earlier record that they do not replace.
+    Results, and those cells of an earlier record that they do not replace. A cell that came out as it was recorded stays as
+    it was recorded: its times, commit and machine are what the record's tables are of.
 
     Args:
         results (`list[dict]`): Of this call.
@@ -145,11 +148,24 @@ def merged(results: list[dict[str, Any]], before: dict[str, Any] | None, cells: 
     """
     wanted = {cell.label: spec_of(cell.as_dict()) for cell in cells}
     known = {(result["label"], result["seed"]) for result in results}
+    recorded = before["cells"] if before is not None else []
+    by_name = {(cell["label"], cell["seed"]): cell for cell in recorded}
+    results = [
+        cell
+        if (cell := by_name.get((result["label"], result["seed"]))) and _outcome(cell) == _outcome(result)
+        else result
+        for result in results
+    ]
     return results + [
         cell
-        for cell in (before["cells"] if before is not None else ())
+        for cell in recorded
         if (cell["label"], cell["seed"]) not in known and wanted.get(cell["label"], spec_of(cell)) == spec_of(cell)
     ]
+
+
+def _outcome(cell: dict[str, Any]) -> dict[str, Any]:
+    """What came of a cell, whenever and wherever it was run."""
+    return {name: rounded(value) for name, value in cell.items() if name not in OF_THE_CALL}
 
 
 def spec_of(cell: dict[str, Any]) -> dict[str, Any]:
@@ -159,8 +175,8 @@ def spec_of(cell: dict[str, Any]) -> dict[str, Any]:
 
 def run_of(cell: dict[str, Any]) -> str:
     """
-    What decides the result of a cell, whatever row it is for: cells of one setting that share it are one run. DART whose
-    interval is given does what local SGD does, bit for bit.
+    What decides the result of a cell beside its setting, whatever row it is for: cells that share it are one run. DART
+    whose interval is given does what local SGD does, bit for bit.
 
     Args:
         cell (`dict`): As a record has it, or `Cell.as_dict`.

@@ -1,6 +1,6 @@
 """
-Many cells, side by side, each in a process of its own. What is finished is not run again, and two cells of which each is
-what the other is, for two rows, are run once.
+Many cells, side by side, each in a process of its own. What is finished is not run again, and cells of
+two rows that are the same run are run once.
 """
 
 import dataclasses
@@ -156,9 +156,12 @@ class Runner:
             `int`: How many cells of these are finished now. One that was run with other options is not.
         """
         known = {run_of(result): result for result in results}
+        # Its own before another row's, of another time and perhaps another machine.
+        own = {(result["label"], run_of(result)): result for result in results}
         taken = 0
         for cell in cells:
-            result = known.get(run_of(cell.as_dict()))
+            run = run_of(cell.as_dict())
+            result = own.get((cell.label, run), known.get(run))
             if result is not None and self.result_of(cell) is None:
                 self._take(result, cell)
                 taken += 1
@@ -167,10 +170,19 @@ class Runner:
     def _take(self, result: dict[str, Any], cell: Cell) -> dict[str, Any]:
         """Write the result of a run as that of another cell, which is the same run."""
         own = {**result, **{name: value for name, value in cell.as_dict().items() if name in result}}
-        (self.folder / cell.name).mkdir(exist_ok=True)
+        folder = self.folder / cell.name
+        folder.mkdir(exist_ok=True)
         write_whole(self._result(cell), json.dumps(own, indent=1).encode())
-        write_whole(self.folder / cell.name / "cell.json", json.dumps(cell.as_dict()).encode())
+        write_whole(folder / "cell.json", json.dumps(cell.as_dict()).encode())
+        self._clear(folder)
         return own
+
+    @staticmethod
+    def _clear(folder: Path) -> None:
+        """Checkpoints of a finished cell are of no more use; `cell.json` says what it was run with."""
+        for found in folder.iterdir():
+            if found.name != "cell.json":
+                shutil.rmtree(found) if found.is_dir() else found.unlink()
 
     def finished(self, setting: Setting) -> tuple[list[dict[str, Any]], int]:
         """
@@ -195,7 +207,7 @@ class Runner:
         return found, others
 
     def estimate(self, cells: list[Cell]) -> float:
-        """The seconds that these cells will take, so many at a time."""
+        """The seconds that these cells will take, so many at a time, if none of them is the same run as another."""
         each = [cell.work * self._rate + OVERHEAD for cell in cells]
         return max(sum(each) / self.jobs, max(each, default=0.0))
 
@@ -212,7 +224,7 @@ class Runner:
             failed, by name.
         """
         results = {cell.name: self.result_of(cell) for cell in cells}
-        runs = {cell.name: run_of(cell.as_dict()) for cell in cells}
+        runs = {cell.name: (run_of(cell.as_dict()), cell.setting) for cell in cells}
         known = {runs[name]: result for name, result in results.items() if result is not None}
         waiting = [cell for cell in cells if results[cell.name] is None]
         running: list[Running] = []
@@ -244,6 +256,12 @@ class Runner:
                 one.process.join()
             if running or waiting:
                 self._say(f"{len(running) + len(waiting)} cells are left: the same command goes on with them.")
+        for cell in cells:
+            if (
+                results[cell.name] is None and runs[cell.name] in known
+            ):  # it failed, and the same run for another row did not
+                results[cell.name] = self._take(known[runs[cell.name]], cell)
+                failed.pop(cell.name, None)
         return [result for result in results.values() if result is not None], failed
 
     def _start(self, cell: Cell) -> Running:
@@ -264,10 +282,7 @@ class Runner:
         path = self._result(one.cell)
         if one.process.exitcode == 0 and path.exists():
             result = json.loads(path.read_text())
-            # Its checkpoints are of no more use; `cell.json` says what it was run with.
-            for found in one.folder.iterdir():
-                if found.name != "cell.json":
-                    shutil.rmtree(found) if found.is_dir() else found.unlink()
+            self._clear(one.folder)
             self._work += one.cell.work * (1 - one.done_before)
             self._seconds += max(0.0, time.monotonic() - one.began - OVERHEAD)
             self._rate = self._seconds / self._work if self._work else self._rate

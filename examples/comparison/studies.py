@@ -1,5 +1,7 @@
 """The studies: what is asked, which runs answer it, and what their numbers say."""
 
+import dataclasses
+import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +12,11 @@ from torch import nn
 from .beyond import ALL, VARIANTS, advised
 from .methods import BUDGETS, describe, for_budget, label
 from .setting import Setting
-from .tables import Row, difference, markdown, short, spread
+from .tables import Row, difference, markdown, short, spread, told_apart
 
 
 Runs = Callable[[int], list[tuple[str, dict[str, Any], int]]]
+Groups = Callable[[list[Row]], dict[str, list[Row]]]
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,13 @@ class Study:
         question (`str`): In a sentence.
         rows (`Callable`, *optional*):
             From the steps of a run to (method, options, steps) of each run; `None`: the comparison's at equal bytes.
-        among (`Callable`, *optional*):
-            From a run to the name of those that it is to be compared with; `None`: with all.
+        groups (`Callable`, *optional*):
+            From its rows to those that are to be compared with each other, by what they have in common; `None`: all.
     """
 
     question: str
     rows: Runs | None
-    among: Callable[[Row], str] | None = None
+    groups: Groups | None = None
 
 
 def _wash(*options: dict[str, Any]) -> Runs:
@@ -48,13 +51,30 @@ def _lengths(steps: int) -> list[tuple[str, dict[str, Any], int]]:
     return found
 
 
-def _of_method(row: Row) -> str:
-    return f"Of {ALL[row.method].title if row.method != 'independent' else 'members without exchange'}"
+def _by(name_of: Callable[[Row], str]) -> Groups:
+    def groups(rows: list[Row]) -> dict[str, list[Row]]:
+        found: dict[str, list[Row]] = {}
+        for row in rows:
+            found.setdefault(name_of(row), []).append(row)
+        return found
+
+    return groups
 
 
-def _of_budget(row: Row) -> str:
-    copies = statistics.fmean(row.values("copies_per_step"))
-    return f"At {min(BUDGETS, key=lambda budget: abs(budget - copies)):g} copies a step"
+_by_method = _by(lambda row: "No exchange" if row.method == "independent" else ALL[row.method].title)
+_by_length = _by(lambda row: f"{row.cells[0]['steps']} steps")
+
+
+def _by_budget(rows: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {f"{budget:g} copies a step": [] for budget in BUDGETS}
+    for row in rows:
+        copies = statistics.fmean(row.values("copies_per_step"))
+        budget = min(BUDGETS, key=lambda budget: abs(budget - copies))
+        # PAPA sends at least once an epoch.
+        far = abs(copies - budget) > 0.1 * budget
+        title = row.title + (f" (which sends {short(copies)})" if far else "")
+        found[f"{budget:g} copies a step"].append(dataclasses.replace(row, title=title))
+    return {name: own for name, own in found.items() if own}
 
 
 def _sizes(steps: int) -> list[tuple[str, dict[str, Any], int]]:
@@ -74,7 +94,7 @@ STUDIES = {
     "p_steps": Study(
         "Is it p × steps that decides, whatever the length of the run?",
         _lengths,
-        lambda row: f"Of {row.cells[0]['steps']:,} steps",
+        _by_length,
     ),
     "schedule": Study(
         "Should shallow layers be shuffled more, or deep ones?",
@@ -93,13 +113,13 @@ STUDIES = {
             for method in ("wash", "independent")
             for same in (True, False)
         ],
-        _of_method,
+        _by_method,
     ),
     "optimizer_state": Study(
         "Should the optimizer's state be shuffled with the weights?",
         _wash({"shuffle_optimizer_state": False}, {"shuffle_optimizer_state": True}),
     ),
-    "population_size": Study("How many members?", _sizes, _of_method),
+    "population_size": Study("How many members?", _sizes, _by_method),
     "batch_norm": Study(
         "Should the BatchNorm of the averaged model be estimated anew, or averaged?",
         lambda steps: [
@@ -107,7 +127,7 @@ STUDIES = {
             for method in ("wash", "independent")
             for how in ("recalibrate", "average")
         ],
-        _of_method,
+        _by_method,
     ),
     "beyond": Study(
         "Does WASH gain by what its paper does not have: a p that falls, averagings at the end, whole rows, or a moving "
@@ -117,7 +137,7 @@ STUDIES = {
             + [(name, advised(steps) if name == "wash_ema" else {}, steps) for name in VARIANTS]
         ),
     ),
-    "equal_bytes": Study("At equal bytes, how does p compare with the others' intervals?", None, _of_budget),
+    "equal_bytes": Study("At equal bytes, how does p compare with the others' intervals?", None, _by_budget),
 }
 
 
@@ -128,7 +148,7 @@ def cells_of_study(
     steps_per_epoch: int,
     model: nn.Module,
     tuned: dict[str, Any] | None = None,
-) -> list[tuple[str, str, dict[str, Any], int]]:
+) -> tuple[list[tuple[str, str, dict[str, Any], int]], list[str]]:
     """
     The runs of a study.
 
@@ -138,21 +158,22 @@ def cells_of_study(
             As in a comparison.
 
     Returns:
-        `list[tuple]`: (label, method, options, steps). Runs that are the same have the same label in all studies.
+        `tuple[list, list[str]]`: (label, method, options, steps) of each, once; and why some are left out. Runs that are the
+        same have the same label in all studies.
     """
-    make = STUDIES[name].rows
-    if make is None:
-        size, tuned = setting.population_size, tuned or {}
-        rows = [
-            (method, for_budget(method, budget, model, size, steps, steps_per_epoch, tuned.get(kind)), steps)
-            for method in ("wash", "papa", "sparta", "local_sgd", "diloco")
-            for budget in BUDGETS
-            for kind in [label(method, f"{budget:g}")]
-            if round(1 / budget) <= steps
-        ]
-    else:
-        rows = make(steps)
-    found = []
+    make, left_out = STUDIES[name].rows, []
+    rows = make(steps) if make is not None else []
+    for method, budget in itertools.product(("wash", "papa", "sparta", "local_sgd", "diloco"), BUDGETS):
+        if make is not None or round(1 / budget) > steps:
+            continue
+        kind = label(method, f"{budget:g}")
+        try:
+            free = (tuned or {}).get(kind)
+            options = for_budget(method, budget, model, setting.population_size, steps, steps_per_epoch, free)
+            rows.append((method, options, steps))
+        except ValueError as error:
+            left_out.append(f"{kind}: {error}")
+    found: dict[str, tuple[str, str, dict[str, Any], int]] = {}
     for method, options, length in rows:
         # Defaults are left out, so that the same run has the same name wherever it is asked for.
         same = {"shuffle_schedule": "decreasing", "shuffle_start": 0.0, "shuffle_stop": 1.0, "same_init": True,
@@ -161,8 +182,9 @@ def cells_of_study(
         options = {option: value for option, value in options.items() if same.get(option) != value}
         words = [method, *(f"{option}={value}" for option, value in sorted(options.items())), f"steps={length}"]
         name = "-".join(words).replace("shuffle_", "").replace("average_", "")
-        found.append((name, method, {**ALL[method].options, **options}, length))
-    return found
+        # PAPA at two budgets of which it can meet neither is one run.
+        found[name] = name, method, {**ALL[method].options, **options}, length
+    return list(found.values()), left_out
 
 
 def titled(cell: dict[str, Any], population_size: int, steps: int) -> str:
@@ -177,27 +199,24 @@ def titled(cell: dict[str, Any], population_size: int, steps: int) -> str:
     return ", ".join(words)
 
 
-def conclusion(rows: list[Row], among: Callable[[Row], str] | None = None) -> str:
+def conclusion(rows: list[Row], groups: Groups | None = None) -> str:
     """
     What a reader should take from a study, computed: the best averaged model, and what cannot be told from it.
 
     Args:
         rows (`list[Row]`): The study's.
-        among (`Callable`, *optional*): Of the [`Study`].
+        groups (`Callable`, *optional*): Of the [`Study`].
     """
+    if groups is not None:
+        return "\n".join(f"- {name}. {conclusion(own)}" for name, own in groups(rows).items())
     if any(len(row.cells) < 2 for row in rows):
         return "One seed: nothing can be told."
-    if among is not None:
-        groups: dict[str, list[Row]] = {}
-        for row in rows:
-            groups.setdefault(among(row), []).append(row)
-        return "\n".join(f"- {name}. {conclusion(own)}" for name, own in groups.items())
     best = max(rows, key=lambda row: statistics.fmean(row.values("soup")))
     level, behind = [], []
     for row in rows:
         found = difference(best, row) if row is not best else None
         if found is not None:
-            (level if found[0] < 2 * found[1] else behind).append(row.title)
+            (behind if told_apart(found) else level).append(row.title)
     text = f"The best averaged model: {best.title}."
     if level:
         text += f" Not told apart from it (within two standard errors): {'; '.join(level)}."
@@ -231,6 +250,6 @@ def tables_of(kept: dict[str, Any]) -> str:
             for row in rows
         ]
         parts.append(
-            f"**{STUDIES[name].question}**\n\n{markdown(header, lines)}\n\n{conclusion(rows, STUDIES[name].among)}"
+            f"**{STUDIES[name].question}**\n\n{markdown(header, lines)}\n\n{conclusion(rows, STUDIES[name].groups)}"
         )
     return "\n\n".join(parts)

@@ -175,6 +175,11 @@ def difference(one: Row, other: Row) -> tuple[float, float] | None:
     return float(apart.mean()), error
 
 
+def told_apart(found: tuple[float, float]) -> bool:
+    """Whether a [`difference`] is one: more than two standard errors. Two rows that are one run are not told apart."""
+    return abs(found[0]) > 2 * found[1]
+
+
 def verdict(one: Row, other: Row) -> str:
     """A sentence on the averaged models of two rows."""
     found = difference(one, other)
@@ -182,6 +187,6 @@ def verdict(one: Row, other: Row) -> str:
         return f"{one.title} and {other.title}: fewer than two seeds in common."
     points, error = found
     said = f"{points:+.2f} ± {error:.2f} points"
-    if abs(points) < 2 * error:
+    if not told_apart(found):
         return f"{one.title} minus {other.title}: {said}; too small a setting to tell them apart."
     return f"{one.title} is {'ahead of' if points > 0 else 'behind'} {other.title}: {said}."

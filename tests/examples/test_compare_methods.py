@@ -24,7 +24,7 @@ from comparison.page import page
 from comparison.record import RESULTS, commit, run_of
 from comparison.runner import Runner, processes
 from comparison.setting import PRESETS, Setting
-from comparison.studies import tables_of
+from comparison.studies import STUDIES, cells_of_study, conclusion, tables_of
 from PIL import Image as PilImage
 
 
@@ -349,6 +349,19 @@ def test_two_rows_that_are_one_run_are_run_once(photos, tmp_path):
     # What was taken over is what the cell itself would have come to, bit for bit.
     alone, _ = Runner(tmp_path / "alone", 1, 0.01).run(cells[1:2])
     assert without_times(alone[0]) == without_times(results[1]) and "digest" in alone[0]
+    # A cell that fails has the result of another that is the same run and does not.
+    runner = Runner(tmp_path / "failing", 2, 0.01)
+    finish = runner._finish
+    runner._finish = lambda one: (None, "lost") if one.cell is cells[0] else finish(one)
+    results, failed = runner.run(cells[:2])
+    assert not failed and [result["label"] for result in results] == ["tuned", "dart-tuned"]
+    # Of what is known a cell takes its own before another's, which was run at another time.
+    records = [{**results[0], "seconds_per_step": 1.0}, {**results[1], "seconds_per_step": 2.0}]
+    for known in (records, records[::-1], records[:1]):
+        runner = Runner(tmp_path / f"adopted-{len(known)}-{known[0]['label']}", 1, 0.01)
+        assert runner.adopt(known, cells[:2]) == 2
+        seconds = [runner.result_of(cell)["seconds_per_step"] for cell in cells[:2]]
+        assert seconds == ([1.0, 2.0] if len(known) == 2 else [1.0, 1.0])
     weights, average = (Cell(name, name, wash(), 0, 6, setting).as_dict() for name in ("wash", "wash_ema"))
     assert run_of(weights) != run_of(average)
 
@@ -550,10 +563,8 @@ def test_presets_are_the_papers_set_ups():
 
 
 def test_the_same_run_has_the_same_name_in_all_studies(model):
-    from comparison.studies import STUDIES, cells_of_study
-
     setting = PRESETS["glyphs-short"]
-    found = [row for name in STUDIES for row in cells_of_study(name, setting, 700, 61, model)]
+    found = [row for name in STUDIES for row in cells_of_study(name, setting, 700, 61, model)[0]]
     by_label: dict = {}
     for label, method, options, steps in found:
         assert by_label.setdefault(label, (method, options, steps)) == (method, options, steps)
@@ -594,9 +605,30 @@ def test_a_study_takes_what_the_comparison_of_its_preset_has(tmp_path, monkeypat
 
 def test_a_study_draws_its_conclusions_among_runs_that_belong_together():
     said = tables_of(json.loads((RESULTS / "study-glyphs-short.json").read_text()))
-    lengths = [line for line in said.splitlines() if re.match(r"- Of [\d,]+ steps\.", line)]
+    lengths = [line for line in said.splitlines() if re.match(r"- \d+ steps\.", line)]
     assert [line.count("WASH") for line in lengths] == [3, 3, 3]
     # The length that all other studies have is not said of a run.
     assert [re.findall(r"(\d+) steps[.;]", line[12:]) for line in lengths] == [["350"] * 3, [], ["1400"] * 3]
-    budgets = [line.partition(" copies")[0] for line in said.splitlines() if line.startswith("- At ")]
-    assert budgets == ["- At 0.01", "- At 0.04", "- At 0.1"]
+    budgets = [line for line in said.splitlines() if " copies a step. " in line]
+    assert [line.partition(" copies")[0] for line in budgets] == ["- 0.01", "- 0.04", "- 0.1"]
+    assert "every 61, N = 3 (which sends 0.0173)" in budgets[0] and "which sends" not in budgets[2]
+    both = [line for line in said.splitlines() if re.match(r"- (WASH|No exchange)\.", line)]
+    assert len(both) == 6 and not any("independent" in line for line in both[::2])
+
+
+def test_two_rows_of_one_run_are_not_told_apart():
+    kept = json.loads((RESULTS / "glyphs-short.json").read_text())
+    rows = {row.label: row for row in tables.rows_of(kept["cells"], 3)}
+    one, other = rows["dart-tuned"], rows["local_sgd-tuned"]
+    assert tables.difference(one, other) == (0.0, 0.0)
+    assert tables.verdict(one, other).endswith("too small a setting to tell them apart.")
+    assert conclusion([one, other]).endswith(f"Not told apart from it (within two standard errors): {other.title}.")
+
+
+def test_a_budget_that_cannot_be_is_left_out_of_a_study_and_papa_stands_there_once(model):
+    setting = PRESETS["glyphs-short"].but(population_size=2)
+    found, left_out = cells_of_study("equal_bytes", setting, 700, 61, model, {"wash@0.1": {"shuffle_stop": 0.6}})
+    assert len(found) == 14 and len(left_out) == 1 and left_out[0].startswith("wash@0.1: WASH sends at most")
+    # In so short epochs PAPA sends more than two of the budgets.
+    found, _ = cells_of_study("equal_bytes", PRESETS["glyphs-short"], 700, 30, model)
+    assert [method for _, method, _, _ in found].count("papa") == 2

@@ -1,6 +1,7 @@
 """The picture of a comparison: accuracy of the averaged model against what is sent."""
 
 import io
+import math
 import statistics
 
 import matplotlib
@@ -36,6 +37,11 @@ def point(row: Row) -> tuple[float, float, float]:
     accuracies = row.values("soup")
     spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
     return statistics.fmean(row.values("bytes_per_step")) / 1000, statistics.fmean(accuracies), spread
+
+
+# How many points below the best the axis ends. What failed altogether stands at its edge, with its accuracy: it would press
+# all that is worth comparing into a strip.
+DEPTH = 25
 
 
 # Where a text goes beside its point, and above or below its level line, in points of the page: the first free place.
@@ -90,7 +96,7 @@ def picture(rows: list[Row], name: str) -> bytes:
     """
     Accuracy of the averaged model against the bytes that a member sends in a step, as PNG: for each method a line
     through its budgets, its name at the end, and hollow marks for its other settings, each with its name. What sends
-    nothing is a level line.
+    nothing is a level line, and what is more than `DEPTH` points below the best lies at the lower edge.
 
     Args:
         rows (`list[Row]`): Of the comparison.
@@ -101,22 +107,6 @@ def picture(rows: list[Row], name: str) -> bytes:
     texts: list[tuple[float, float, str]] = []
     marks: list[tuple[float, float, float]] = []
     levels: dict[str, float] = {}
-    for method, (marker, dashes, colour) in STYLES.items():
-        for filled in (True, False):  # budgets, joined; then other settings, hollow
-            own = [row for row in sending if row.method == method and ("@" in row.label) is filled]
-            points = sorted(map(point, own))
-            marks += points
-            if filled:
-                texts += [(x, y, METHODS[method].title) for x, y, _ in points[-1:]]
-            else:
-                texts += [(*point(row)[:2], f"{METHODS[method].title}, {row.label.partition('-')[2]}") for row in own]
-            if points:
-                sent, accuracies, errors = zip(*points, strict=True)
-                axes.errorbar(
-                    sent, accuracies, yerr=errors, marker=marker, linestyle=dashes if filled else "none", color=colour,
-                    capsize=3, markersize=7, markerfacecolor=colour if filled else "none",
-                    label=METHODS[method].title + ("" if filled else ", other settings"),
-                )  # fmt: skip
     for row in rows:
         if row.label in LEVELS:
             what = "ensemble" if row.method == "independent" else "soup"
@@ -124,6 +114,32 @@ def picture(rows: list[Row], name: str) -> bytes:
             level = statistics.fmean(row.values(what))
             axes.axhline(level, linestyle=LEVELS[row.label], color="grey", linewidth=1.2, label=title)
             levels[title.removesuffix(" (sends nothing)")] = level
+    edge = max([*levels.values(), *(point(row)[1] for row in sending)], default=0.0) - DEPTH
+    failed = any(point(row)[1] < edge for row in sending)
+
+    def named(row: Row, name: str) -> tuple[float, float, str]:
+        x, y, _ = point(row)
+        return (x, y, name) if y >= edge else (x, edge, f"{name}: {y:.1f} %")
+
+    for method, (marker, dashes, colour) in STYLES.items():
+        for filled in (True, False):  # budgets, joined; then other settings, hollow
+            own = [row for row in sending if row.method == method and ("@" in row.label) is filled]
+            own.sort(key=point)
+            points = [(x, y, spread) if y >= edge else (x, edge, 0.0) for x, y, spread in map(point, own)]
+            marks += points
+            title = METHODS[method].title
+            if filled:
+                texts += [named(row, title) for row in own if row is own[-1] or point(row)[1] < edge]
+            else:
+                texts += [named(row, f"{title}, {row.label.partition('-')[2]}") for row in own]
+            if points:
+                sent, accuracies, errors = zip(*points, strict=True)
+                bars = [math.nan if y == edge else error for y, error in zip(accuracies, errors, strict=True)]
+                axes.errorbar(
+                    sent, accuracies, yerr=bars, marker=marker, linestyle=dashes if filled else "none", color=colour,
+                    capsize=3, markersize=7, markerfacecolor=colour if filled else "none",
+                    label=METHODS[method].title + ("" if filled else ", other settings"),
+                )  # fmt: skip
     if sending:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(LogFormatter())
@@ -131,7 +147,10 @@ def picture(rows: list[Row], name: str) -> bytes:
         axes.margins(x=0.12, y=0.1)
     axes.set_xlabel("sent by a member in a step, on average (kB)")
     axes.set_ylabel("accuracy of the averaged model on test images (%)")
-    axes.set_title(f"{name} (bars: standard deviation over seeds)", fontsize=10)
+    below = f"; at the lower edge: below {edge:.0f} %" if failed else ""
+    axes.set_title(f"{name} (bars: standard deviation over seeds{below})", fontsize=10)
+    if failed:
+        axes.set_ylim(bottom=edge - 1)
     axes.grid(True, which="both", alpha=0.25)
     figure.legend(fontsize=8, loc="outside right upper")
     place(axes, marks, texts, levels)

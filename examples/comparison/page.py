@@ -40,7 +40,8 @@ differs. Accuracies are those of test images on which nothing was chosen, mean Â
   of three exponential moving averages of its weights, over 1, 5 and 20 % of the run.
 - *published*: the settings of the methods' authors ([the peers](peers.md)), made for runs that are tens to hundreds of times
   as long: such a row says how far they carry, not which method is better. *default*: what this library advises; *tuned*: six
-  trials for each method, of the same length, judged by a fifth of the training images held out, with one seed.
+  trials for each method, of the same length, judged by a fifth of the training images held out, with one seed:
+  such an accuracy has a standard error of one to two points, so that a choice among near equals is chance.
 - **Told apart** are two averaged models if the difference of their accuracies is at least two standard errors, over
   seeds and over test images, both paired. Below that the setting is too small to say which is better.
 """

@@ -257,9 +257,8 @@ class Runner:
             if running or waiting:
                 self._say(f"{len(running) + len(waiting)} cells are left: the same command goes on with them.")
         for cell in cells:
-            if (
-                results[cell.name] is None and runs[cell.name] in known
-            ):  # it failed, and the same run for another row did not
+            # It failed, and the same run for another row did not.
+            if results[cell.name] is None and runs[cell.name] in known:
                 results[cell.name] = self._take(known[runs[cell.name]], cell)
                 failed.pop(cell.name, None)
         return [result for result in results.values() if result is not None], failed

@@ -1,7 +1,6 @@
 """The studies: what is asked, which runs answer it, and what their numbers say."""
 
 import dataclasses
-import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from .beyond import ALL, VARIANTS, advised
-from .methods import BUDGETS, describe, for_budget, label
+from .methods import BUDGETS, METHODS, describe
+from .methods import rows as comparison_rows
 from .setting import Setting
 from .tables import Row, difference, markdown, short, spread, told_apart
 
 
+AT_BUDGETS = [name for name, method in METHODS.items() if "budgets" in method.kinds]
 Runs = Callable[[int], list[tuple[str, dict[str, Any], int]]]
 Groups = Callable[[list[Row]], dict[str, list[Row]]]
 
@@ -91,11 +92,7 @@ STUDIES = {
             for p in (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
         ],
     ),
-    "p_steps": Study(
-        "Is it p × steps that decides, whatever the length of the run?",
-        _lengths,
-        _by_length,
-    ),
+    "p_steps": Study("Is it p × steps that decides, whatever the length of the run?", _lengths, _by_length),
     "schedule": Study(
         "Should shallow layers be shuffled more, or deep ones?",
         _wash(*({"shuffle_schedule": name} for name in ("decreasing", "constant", "increasing"))),
@@ -161,24 +158,22 @@ def cells_of_study(
         `tuple[list, list[str]]`: (label, method, options, steps) of each, once; and why some are left out. Runs that are the
         same have the same label in all studies.
     """
-    make, left_out = STUDIES[name].rows, []
-    rows = make(steps) if make is not None else []
-    for method, budget in itertools.product(("wash", "papa", "sparta", "local_sgd", "diloco"), BUDGETS):
-        if make is not None or round(1 / budget) > steps:
-            continue
-        kind = label(method, f"{budget:g}")
-        try:
-            free = (tuned or {}).get(kind)
-            options = for_budget(method, budget, model, setting.population_size, steps, steps_per_epoch, free)
-            rows.append((method, options, steps))
-        except ValueError as error:
-            left_out.append(f"{kind}: {error}")
+    make = STUDIES[name].rows
+    left_out: list[str] = []
+    if make is not None:
+        wanted = make(steps)
+    else:
+        at_budgets, left_out = comparison_rows(
+            AT_BUDGETS, ["budgets"], list(BUDGETS), setting, steps, steps_per_epoch, model, tuned
+        )
+        wanted = [row[1:] for row in at_budgets]
     found: dict[str, tuple[str, str, dict[str, Any], int]] = {}
-    for method, options, length in rows:
+    for method, options, length in wanted:
         # Defaults are left out, so that the same run has the same name wherever it is asked for.
         same = {"shuffle_schedule": "decreasing", "shuffle_start": 0.0, "shuffle_stop": 1.0, "same_init": True,
                 "shuffle_optimizer_state": False, "soup_batch_norm": "recalibrate",
                 "population_size": setting.population_size}  # fmt: skip
+        same |= ALL[method].options
         options = {option: value for option, value in options.items() if same.get(option) != value}
         words = [method, *(f"{option}={value}" for option, value in sorted(options.items())), f"steps={length}"]
         name = "-".join(words).replace("shuffle_", "").replace("average_", "")
